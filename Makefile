@@ -1,0 +1,21 @@
+# Two commands on a fresh machine with Python 3.11 or later: `make demo`, `make test`. The README has them as plain commands.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.venv/installed: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q $(PIP_FLAGS) -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python data/toy/prepare.py
+	$(BIN)/python art.py sample
+	$(BIN)/python train_asker.py
+	$(BIN)/python train_truster.py
+	$(BIN)/python evaluate.py
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+.PHONY: demo test

@@ -1,0 +1,1108 @@
+"""ART: Ask, Refine, and Trust. The one shared module of the kit, in the order a record passes through it.
+
+    question -> PREDICT -> initial -> ASK -> sub-questions + refine? -> REFINE -> refined -> TRUST -> final
+
+    python art.py sample --task toy             # k predictions for every training question, and the drafts of dev
+    python art.py solve --task toy "QUESTION"   # one question through the four steps
+
+Source: Shridhar et al., "The ART of LLM Refinement: Ask, Refine, and Trust", arXiv 2311.07961.
+"""
+
+import argparse
+import contextlib
+import copy
+import gc
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, HFValidationError
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is the one line they see."""
+
+
+def run(main):
+    """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C one line and 130. No traceback for either."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped: what was written is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks and records. A new task is one entry here and one folder data/<task>/ with a prepare.py.
+
+TASKS = {  # answer: how it is read; prepare: the command that makes the data; exemplars: whose exemplars.jsonl is used
+    "toy": {"answer": "number", "prepare": "data/toy/prepare.py", "exemplars": "toy"},
+    "gsm8k": {"answer": "number", "prepare": "data/gsm8k/prepare.py", "exemplars": "gsm8k"},
+    "gsm8k-offline": {"answer": "number", "prepare": "data/gsm8k/prepare.py --offline-split 1000", "exemplars": "gsm8k"},
+    "strategyqa": {"answer": "yes/no", "prepare": "data/strategyqa/prepare.py", "exemplars": "strategyqa"},
+}
+
+
+def load_task(task, split, limit=None, data=ROOT / "data"):
+    """Records of data/<task>/<split>.jsonl, the first `limit` of them. Split: train, dev or test."""
+    path = Path(data) / task / f"{split}.jsonl"
+    records = read_jsonl(path, f"make it with: python {TASKS[task]['prepare']}")[:limit]
+    if not records:
+        raise UserError(f"{path} is empty; make it again with: python {TASKS[task]['prepare']}")
+    for number, record in enumerate(records, 1):
+        if missing := {"id", "question", "answer"} - record.keys():
+            raise UserError(f"{path}, line {number}: no {', '.join(sorted(missing))} in this record")
+    return records
+
+
+def load_exemplars(task, shots, data=ROOT / "data"):
+    """The first `shots` hand-written exemplars of a task (never items of its data), [] for none."""
+    path = Path(data) / TASKS[task]["exemplars"] / "exemplars.jsonl"
+    exemplars = read_jsonl(path, "it comes with the kit; or run with --shots 0") if shots else []
+    if len(exemplars) < shots:
+        raise UserError(f"{path} has {len(exemplars)} exemplars: --shots is at most that")
+    return exemplars[:shots]
+
+
+def normalise(text):
+    """Text as it is compared when splits are checked for overlap.
+
+    >>> normalise("How many  eggs?")
+    'how many eggs'
+    """
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def read_jsonl(path, mend="", journal=False):
+    """The records of a JSONL file. `journal`: a half-written last line (a killed run) is cut off the file, with a warning."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {mend}")
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if journal and whole < len(content):
+        print(f"warning: 1 half-written line dropped at the end of {path}", file=sys.stderr)
+        with path.open("r+b") as file:
+            file.truncate(whole)
+        content = content[:whole]
+    records = []
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except (ValueError, RecursionError):
+                records.append(None)
+            if not isinstance(records[-1], dict):
+                raise UserError(f"{path}, line {number}: not a JSON object; mend or delete that line")
+    return records
+
+
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def to_lines(records):
+    """JSONL text of records."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_jsonl(path, records):
+    """Write a JSONL file whole or not at all."""
+    write_text(path, to_lines(records))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers: read from what a model wrote, and compared as numbers or as yes/no. What cannot be read is None, always wrong.
+
+# What may stand before an answer: blanks, ** $ - " ( and LaTeX such as \boxed{\text{. The bounds keep it fast on junk.
+_SKIP = r"(?!#)(?=[^\w\n#]{0,10}\w)[^\w\n#]{0,10}(?:\\[a-zA-Z]{1,9}[^\w\n#]{1,5}){0,2}"
+_YES_NO = r"((?i:yes|no|true|false))\b(?![-/]|(?i: or| one| longer| doubt| matter)\b)"  # not: yes/no, no one, no doubt
+_PHRASE = r"\b(?i:answer(?: to (?:the|this) question)?\W{0,4}(?:is\b|:|=))"  # the answer is; **Answer:**; answer =
+_WINDOW = 5000  # an answer line is read so far, and the fallbacks read so many last characters: junk costs no time
+
+# The explicit answer line, `#### 18` or `#### yes`; not a heading as `#### Step 1: ...` or `#### 1. Find ...`.
+ANSWER_LINE = {"number": "####" + _SKIP + r"(?![0-9][.):][ *]{1,3}[A-Za-z])[0-9]", "yes/no": "####" + _SKIP + _YES_NO}
+
+_SIGN = r"((?:(?<![\w)\]}%$€£-])(?<![0-9)] )-)?(?:[$€£] ?-?)?)"  # - -$ $- $; but in 10-20, step-3, 16 -3 the - is no sign
+_DIGITS = r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"  # 1,000.50 or 12 or .5
+_NUMBER = re.compile(  # not an exponent (m^2, m^{2}); sign; the 3 of 3 1/2; number; denominator
+    r"(?<![0-9^])(?<!\^\{)" + _SIGN + r"(?:([0-9]+) (?=[0-9]+ ?/ ?[0-9]))?" + _DIGITS + "(?: ?/ ?" + _DIGITS + ")?"
+)
+
+
+def _plain(text):
+    r"""LaTeX and Unicode made plain: `9{,}500` is 9,500 and `3\frac{1}{2}` is 3 1/2; other commands become a blank."""
+    for old, new in [("−", "-"), ("–", "-"), ("{,}", ","), ("\\,", ","), ("\\!", ""), ("\\$", "$")]:
+        text = text.replace(old, new)
+    text = re.sub(r"(?<=[0-9])\\(?=[dt]?frac)", r" \\", text)
+    text = re.sub(r"\\[dt]?frac\{([0-9.,]+)\}\{([0-9.,]+)\}", r"\1/\2", text)
+    return re.sub(r"\\[a-zA-Z]{1,20}", " ", text)
+
+
+def _number(text, last=False):
+    """The first number of the first line (`9 * 2 = 18` counts as its result), or the last number of the text.
+
+    >>> _number("$1,000.50 (see step 2)"), _number("9 * 2 = $18 a day"), _number("1/3 of 10", last=True), _number("1/0")
+    ('1000.5', '18', '10', None)
+    """
+    text = _plain(text[:_WINDOW] if last else text[:_WINDOW].split("\n")[0])
+    if last:
+        found = ([None] + list(_NUMBER.finditer(text)))[-1]
+    else:
+        result = re.match(r"\W*[^A-Za-z(]*", text)[0].rpartition("=")[2]
+        found = _NUMBER.search(result) or _NUMBER.search(text)
+    if not found or len(found[0]) > 100:  # longer ones are runaway text, and Python refuses the longest
+        return None
+    sign, whole, number, below = ((part or "").replace(",", "") for part in found.groups())
+    if below and Fraction(below) == 0:
+        return None
+    value = Fraction(whole or 0) + Fraction(number) / Fraction(below or 1)
+    minus = "-" if "-" in sign and value else ""
+    if 10**20 % value.denominator:  # no decimal of up to 20 places, as 1/3
+        return f"{minus}{value}"
+    decimals = f"{int(value % 1 * 10**20):020}".rstrip("0")
+    return f"{minus}{int(value)}.{decimals}".rstrip(".")
+
+
+def extract_answer(task, text):
+    r"""The answer in a model's text as a canonical string, else None. The first `####` line wins: the rest is past the stop.
+
+    Failing that, for a number: the last \boxed{}, the last "the answer is", the last number of all; for yes/no: the last
+    "the answer is", or a text that opens with the bare word. Never a guess: "No one knows" and "I do not know" are None.
+
+    >>> extract_answer("gsm8k", "9 * 2 = 18\n#### **$1,018.00**\n\nQuestion: 3"), extract_answer("gsm8k", "It is 9 - 2 = 7.")
+    ('1018', '7')
+    >>> extract_answer("strategyqa", "So the answer is **No**."), extract_answer("strategyqa", "No one knows.")
+    ('no', None)
+    """
+    text, kind = text or "", TASKS[task]["answer"]
+    line, tail = re.search(ANSWER_LINE[kind], text), text[-_WINDOW:]
+    if kind == "number":
+        if line:
+            return _number(text[line.start() + 4 :])
+        for marker in (r"\\boxed", _PHRASE):
+            found = list(re.finditer(marker + "(?=" + _SKIP + "[0-9])", tail))
+            if found:
+                return _number(tail[found[-1].end() :])
+        return _number(tail, last=True)
+    words = [line[1]] if line else re.findall(rf"(?:{_PHRASE}|\\boxed)\s{{0,3}}{_SKIP}{_YES_NO}", tail)
+    opening = re.match(rf"{_SKIP}{_YES_NO}(?=[^\S\n]*(?:[^\w\s]|\n|$))", text.strip()[:_WINDOW])
+    word = words[-1] if words else opening[1] if opening else ""
+    return {"yes": "yes", "true": "yes", "no": "no", "false": "no"}.get(word.lower())
+
+
+def is_correct(task, text, gold):
+    """Does the text's answer equal the gold one? No answer is wrong.
+
+    >>> is_correct("gsm8k", "#### $1,000.00", "1000"), is_correct("gsm8k", "I do not know", "18")
+    (True, False)
+    """
+    answer = extract_answer(task, text)
+    return answer is not None and answer == extract_answer(task, f"#### {gold}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts: what goes in, what comes out, for each of the four steps. Training, inference and data/toy use these alone.
+
+PROMPT_VERSION = 1  # raise it with any change below: adapters trained under another version are refused
+DECISION = "Refine:"  # stands before the Asker's Yes or No
+
+
+def question_block(record, facts=False):
+    r"""The question as every prompt begins, with the supporting facts if asked for. No gold field is read but `facts`.
+
+    >>> question_block({"question": "Is ice cold?", "facts": ["Ice is frozen."]}, facts=True)
+    'Question: Is ice cold?\nFacts:\n- Ice is frozen.\n'
+    """
+    lines = [f"Question: {record['question']}"]
+    if facts and record.get("facts"):
+        lines += ["Facts:"] + [f"- {fact}" for fact in record["facts"]]
+    return "\n".join(lines) + "\n"
+
+
+def predict_prompt(record, strategy="cot", facts=False):
+    """Step 1: chain of thought, or `decomp`, where each line asks a sub-question and answers it (paper, section 3.1)."""
+    return question_block(record, facts) + ("Answer:\n" if strategy == "cot" else "Answer by sub-questions:\n")
+
+
+def solution_text(solution, answer, strategy="cot"):
+    r"""The target of a prediction: one step a line, then `#### answer`. `solution` is [[sub-question, step], ...].
+
+    >>> solution_text([["How many are left?", "5 - 2 = 3 are left."]], "3", "decomp")
+    'How many are left? 5 - 2 = 3 are left.\n#### 3'
+    """
+    lines = [step if strategy == "cot" else f"{subquestion} {step}" for subquestion, step in solution]
+    return "\n".join([*lines, f"#### {answer}"])
+
+
+def ask_prompt(record, draft, facts=False):
+    """Step 2: question and draft; the answer to it is `ask_target`."""
+    return f"{question_block(record, facts)}Answer:\n{draft}\nSub-questions:\n"
+
+
+def ask_target(subquestions, refine):
+    r"""The sub-questions that the answer should have settled, one a line, then the decision.
+
+    >>> ask_target(["How many are left?"], True)
+    'How many are left?\nRefine: Yes'
+    """
+    return "\n".join([*subquestions, f"{DECISION} {'Yes' if refine else 'No'}"])
+
+
+def refine_prompt(record, draft, subquestions=None, facts=False):
+    """Step 3: question, draft and sub-questions (None: the ablation without them); the answer is a `solution_text`."""
+    asked = "".join(line + "\n" for line in ["Sub-questions:", *subquestions]) if subquestions else ""
+    return f"{question_block(record, facts)}Answer:\n{draft}\n{asked}Revised answer:\n"
+
+
+def trust_prompt(record, text):
+    """Step 4: what the Truster scores, one text at a time."""
+    return f"{question_block(record)}Answer:\n{text}"
+
+
+def choice_prompt(record, first, second):
+    """Step 4, decided by the LLM itself: the answer is A or B."""
+    return f"{question_block(record)}Answer A:\n{first}\nAnswer B:\n{second}\nBetter answer:\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The language model: loading (4, 16 or 32 bits), batched generation, option probabilities.
+
+
+def find_model(name):
+    """A folder named relative to the working directory or to the kit, else a Hub id as it stands."""
+    return next((str(path) for path in (Path(name), ROOT / name) if path.is_dir()), str(name))
+
+
+def compute_dtype():
+    """bf16 where the card really has it, fp16 on older cards (a T4 only emulates bf16, slowly), fp32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+@contextlib.contextmanager
+def loading(name):
+    """Turn what can go wrong while a model is fetched into one line."""
+    try:
+        yield
+    except (GatedRepoError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"cannot load the model {name!r}: {reason} (a folder or an ungated Hub id with safetensors weights "
+                        "is needed)") from None
+
+
+def model_revision(name):
+    """Commit of a Hub model; for a folder a hash over its config and the sizes of its weights."""
+    path = Path(find_model(name))
+    if path.is_dir():
+        digest = hashlib.sha256((path / "config.json").read_bytes() if (path / "config.json").exists() else b"")
+        for file in sorted(path.glob("*.safetensors")):
+            with file.open("rb") as weights:  # the header and the first weights
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(1 << 20))
+        return digest.hexdigest()[:16]
+    with loading(name):
+        return AutoConfig.from_pretrained(name)._commit_hash
+
+
+def load_tokenizer(name):
+    """Tokenizer with a padding token; refused if it cannot give back plain text."""
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(find_model(name))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+    probe = "Ann has 12 pens.\n#### 12"
+    if tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"]).strip() != probe:
+        raise UserError(f"the tokenizer of {name!r} loses characters with this version of transformers; use another model")
+    return tokenizer
+
+
+def load_base(name, bits=4, head=AutoModelForCausalLM, **settings):
+    """Frozen base model in 4 bits (nf4, double quantisation), 16 or 32 bits, on the GPU if there is one.
+
+    Source of the 4-bit settings: Dettmers et al., QLoRA, arXiv 2305.14314, section 3.
+    """
+    dtype = torch.float32 if bits == 32 else compute_dtype()
+    if bits == 16 and dtype == torch.float32:
+        dtype = torch.bfloat16
+    if bits == 4:
+        settings["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    if torch.cuda.is_available():
+        settings["device_map"] = {"": 0}
+    with loading(name):
+        return head.from_pretrained(find_model(name), dtype=dtype, use_safetensors=True, **settings).eval()
+
+
+def plan_batches(lengths, budget):
+    """Lists of indices, longest first, each at most `budget` tokens when padded. Follows from `lengths` alone.
+
+    >>> plan_batches([3, 9, 4, 1], budget=10)
+    [[1], [2, 0], [3]]
+    """
+    batches = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def left_pad(rows, pad, device):
+    """Token ids (rows, longest) and attention mask, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+class LM:
+    """A causal language model that continues prompts, with or without an adapter switched on.
+
+    `batch_tokens` bounds rows x length of a batch; `chat`: "auto" uses the chat template where there is one.
+    """
+
+    def __init__(self, name, bits=4, batch_tokens=16384, chat="auto"):
+        self.name, self.bits, self.batch_tokens = name, bits, batch_tokens
+        self.tokenizer = load_tokenizer(name)
+        self.model = load_base(name, bits)
+        self.chat = chat == "yes" or (chat == "auto" and bool(self.tokenizer.chat_template))
+        ends = self.model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
+        self.adapter, self._prefix, self._cache = None, None, None
+        # a stop can only be complete after a token with one of these characters: the others need no decoding
+        pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+        self._may_stop = torch.tensor(["\n" in piece or ":" in piece for piece in pieces] + [True])
+
+    def add_adapter(self, name, folder):
+        """Load a LoRA adapter beside the weights, switched off. One copy of the weights serves with and without it."""
+        self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name).eval()
+        self.model.base_model.disable_adapter_layers()
+
+    @contextlib.contextmanager
+    def use(self, name):
+        """`with lm.use("asker"):` the adapter is on; outside it is off."""
+        self.model.base_model.enable_adapter_layers()
+        self.adapter, self._prefix = name, None
+        try:
+            yield self
+        finally:
+            self.model.base_model.disable_adapter_layers()
+            self.adapter, self._prefix = None, None
+
+    def render(self, prompt, exemplars=(), instruction=""):
+        """Token ids of a prompt behind its exemplars, [(prompt, answer), ...]: chat turns, or text with blank lines."""
+        if not self.chat or self.adapter:  # adapters are trained on the plain form
+            shots = "".join(f"{shown}{answer}\n\n" for shown, answer in exemplars)
+            return self.tokenizer(shots + prompt)["input_ids"]
+        turns = [turn for shown, answer in exemplars for turn in (("user", shown.rstrip()), ("assistant", answer))]
+        turns.append(("user", prompt.rstrip()))
+        turns[0] = ("user", f"{instruction}\n\n{turns[0][1]}")
+        text = self.tokenizer.apply_chat_template([{"role": role, "content": content} for role, content in turns],
+                                                  tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def option_ids(self, before, options):
+        """The one token by which each option differs from the others behind `before`."""
+        rows = [self.tokenizer(before + option, add_special_tokens=False)["input_ids"] for option in options]
+        shared = len(os.path.commonprefix(rows))
+        ids = [row[shared] for row in rows]
+        if len(set(ids)) != len(ids):
+            raise UserError(f"the tokenizer of {self.name!r} gives {options} no tokens of their own")
+        return ids
+
+    def generate(self, prompts, max_new_tokens=256, stop=None, k=1, temperature=0.0, seed=0, options=None, done=()):
+        """Continue prompts; yields one batch at a time as [(index, [k generations]), ...].
+
+        Args:
+            prompts: lists of token ids (see `render`). What all share (few-shot exemplars) is computed once.
+            stop: compiled pattern; a text ends behind its first match. `options`: (token ids, whether at once): read the
+                log-odds of the first against the second id behind that match, or right behind the prompt.
+            temperature: 0 is greedy. `k` samples share one pass over the prompt.
+            done: indices that need not be made. Batches follow from `prompts` alone, so a resumed run makes the same ones.
+
+        A generation is {"text", "stopped", "tokens", "prompt_tokens", "logprob"} and, with `options`, "logit" (None where
+        the stop never came). "logprob" is the natural logarithm of the whole continuation's probability.
+        """
+        limit = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+        for ids in prompts:
+            if len(ids) + max_new_tokens > limit:
+                raise UserError(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones are more than the {limit} that "
+                                f"{self.name!r} can read: shorten the question, or lower --shots or --max-new-tokens")
+        prefix = os.path.commonprefix(prompts)[:-1] if len(prompts) > 1 else []
+        prefix = prefix[: min(map(len, prompts), default=1) - 1]
+        for number, batch in enumerate(plan_batches([(len(ids) + max_new_tokens) * k for ids in prompts], self.batch_tokens)):
+            if not all(index in done for index in batch):
+                torch.manual_seed(seed * 1_000_003 + number)
+                yield self._generate_or_halve(batch, prompts, prefix, max_new_tokens, stop, k, temperature, options)
+
+    def _generate_or_halve(self, batch, prompts, *settings):
+        try:
+            return list(zip(batch, self._generate([prompts[index] for index in batch], *settings)))
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise UserError("out of memory with a single question: use a smaller model, --bits 4 or --shots 0") from None
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        print(f"out of memory: a batch of {len(batch)} is halved", file=sys.stderr)
+        return [pair for part in (batch[:half], batch[half:]) for pair in self._generate_or_halve(part, prompts, *settings)]
+
+    def _prefix_cache(self, prefix, rows):
+        """Keys and values of the prefix, computed once and copied for each row."""
+        if prefix != self._prefix:
+            ids = torch.tensor([prefix], device=self.model.device)
+            self._cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            self._prefix = prefix
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+    @torch.inference_mode()
+    def _generate(self, prompts, prefix, max_new_tokens, stop, k, temperature, options):
+        device, count = self.model.device, len(prompts) * k
+        ids, mask = left_pad([row[len(prefix):] for row in prompts], self.tokenizer.pad_token_id, device)
+        cache = self._prefix_cache(prefix, len(prompts)) if prefix else None
+        mask = torch.cat([mask.new_ones(len(prompts), len(prefix)), mask], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, len(prefix):]
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                            logits_to_keep=1)
+        cache, logits = out.past_key_values, out.logits[:, -1].float().repeat_interleave(k, 0)
+        if k > 1:
+            cache.batch_repeat_interleave(k)
+        mask, positions = mask.repeat_interleave(k, 0), positions[:, -1:].repeat_interleave(k, 0)
+        made = [{"text": "", "stopped": False, "tokens": 0, "prompt_tokens": len(prompts[i // k]), "logprob": 0.0}
+                for i in range(count)]
+        written, alive = [[] for _ in range(count)], list(range(count))  # alive: which generation each row of the batch is
+        deciding = [options is not None and options[1]] * count  # rows whose next token is the decision
+        for step in range(max_new_tokens + 1):
+            if options is not None:
+                for row, index in enumerate(alive):
+                    if deciding[index]:
+                        made[index]["logit"] = (logits[row, options[0][0]] - logits[row, options[0][1]]).item()
+            logprobs = logits.log_softmax(-1)
+            tokens = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+            chosen, may_stop = logprobs.gather(1, tokens[:, None])[:, 0].tolist(), self._may_stop[tokens.cpu().clamp(max=len(self._may_stop) - 1)]
+            stay = []
+            for row, (index, token) in enumerate(zip(alive, tokens.tolist())):
+                if deciding[index]:
+                    continue
+                if step == max_new_tokens:  # cut off
+                    continue
+                made[index]["logprob"] += chosen[row]
+                made[index]["tokens"] += 1
+                if token in self.ends:
+                    made[index]["stopped"] = True
+                    continue
+                written[index].append(token)
+                if stop is not None and may_stop[row]:
+                    text = self.tokenizer.decode(written[index], skip_special_tokens=True)
+                    if match := stop.search(text):
+                        made[index]["stopped"] = True
+                        written[index] = text[: match.end()]
+                        if options is None:
+                            continue
+                        deciding[index] = True
+                stay.append(row)
+            if not stay:
+                break
+            if len(stay) < len(alive):  # finished rows leave the batch
+                keep = torch.tensor(stay, device=device)
+                cache.batch_select_indices(keep)
+                tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
+                alive = [alive[row] for row in stay]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+            positions = positions + 1
+            logits = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                   use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        for index, text in enumerate(written):
+            text = text if isinstance(text, str) else self.tokenizer.decode(text, skip_special_tokens=True)
+            made[index]["text"] = text.strip()
+            if options is not None:
+                made[index].setdefault("logit", None)
+        return [made[i : i + k] for i in range(0, count, k)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four steps. Each yields batches [(index of the record, row), ...]; `stage` keeps them on disk.
+
+INSTRUCTIONS = {  # for chat models, in front of the first turn
+    "cot": "Answer the question. Reason step by step, one step a line. The last line is #### and the answer.",
+    "decomp": "Answer the question. On each line ask one sub-question and answer it. The last line is #### and the answer.",
+    "ask": "Write the sub-questions that an answer to the question has to settle, one a line. Then decide whether the given "
+           "answer has to be refined: the last line is 'Refine: Yes' or 'Refine: No'.",
+    "refine": "Check the given answer and write a revised answer. Reason step by step, one step a line. The last line is "
+              "#### and the answer.",
+}
+
+
+def answer_stop(task, chat):
+    """Where a solution ends: behind its answer line; for a plain prompt also where the next exemplar would begin."""
+    line = ANSWER_LINE[TASKS[task]["answer"]] + r"[^\n]*\n"
+    return re.compile(line if chat else line + r"|\n\n|\nQuestion:")
+
+
+def solutions(lm, task, step, prompts, exemplars, max_new_tokens, k=1, temperature=0.0, seed=0, done=()):
+    """Continue prompts to solutions; yields batches of (index, [candidate, ...]), a candidate as DESIGN's record has it."""
+    prompts = [lm.render(prompt, exemplars, INSTRUCTIONS[step]) for prompt in prompts]
+    for batch in lm.generate(prompts, max_new_tokens, answer_stop(task, lm.chat), k, temperature, seed, done=done):
+        yield [(index, [{**made, "answer": extract_answer(task, made["text"])} for made in several]) for index, several in batch]
+
+
+def predict(lm, task, records, exemplars=(), strategy="cot", facts=False, max_new_tokens=256, k=1, temperature=0.0, seed=0, done=()):
+    """Step 1: k answers to each question (paper, section 3.1)."""
+    shown = [(predict_prompt(e, strategy, facts), solution_text(e["solution"], e["answer"], strategy)) for e in exemplars]
+    prompts = [predict_prompt(record, strategy, facts) for record in records]
+    yield from solutions(lm, task, strategy, prompts, shown, max_new_tokens, k, temperature, seed, done)
+
+
+def parse_subquestions(text):
+    r"""The sub-questions of an Asker's text: the lines before the decision, without bullets, twelve at most.
+
+    >>> parse_subquestions("1. How many are left?\n- Who has them?\nRefine:")
+    ['How many are left?', 'Who has them?']
+    """
+    lines = [re.sub(r"^\s*(?:[-*]|\d{1,3}[.)])?\s*", "", line).strip() for line in text.split(DECISION)[0].splitlines()]
+    return [line for line in lines if line][:12]
+
+
+def ask(lm, task, records, drafts, exemplars=(), facts=False, shift=0.0, max_new_tokens=128, seed=0, done=()):
+    """Step 2: sub-questions and the probability that the draft has to be refined, in one pass (paper, section 3.2).
+
+    The probability is read from the logits of Yes against No behind "Refine:"; `shift` puts the prior back that balanced
+    training took out. The same function serves the trained Asker (`with lm.use("asker")`) and the LLM asking itself.
+    """
+    shown = [(ask_prompt(e, e["draft"], facts),
+              ask_target([s for s, _ in e["solution"]], not is_correct(task, e["draft"], e["answer"]))) for e in exemplars]
+    prompts = [lm.render(ask_prompt(record, draft, facts), shown, INSTRUCTIONS["ask"]) for record, draft in zip(records, drafts)]
+    options = lm.option_ids(DECISION, [" Yes", " No"])
+    stop = re.compile(re.escape(DECISION))
+    for batch in lm.generate(prompts, max_new_tokens, stop, seed=seed, options=(options, False), done=done):
+        rows = {index: several[0] for index, several in batch}
+        undecided = [index for index, made in rows.items() if made["logit"] is None]  # never came to the decision: put it to them
+        ends = [prompts[i] + lm.tokenizer("\n".join([*parse_subquestions(rows[i]["text"]), DECISION]), add_special_tokens=False)["input_ids"]
+                for i in undecided]
+        for again in lm.generate(ends, 1, options=(options, True)):
+            for position, several in again:
+                rows[undecided[position]]["logit"] = several[0]["logit"]
+        yield [(index, [{"subquestions": parse_subquestions(made["text"]), "p_refine": 1 / (1 + math.exp(-made["logit"] - shift)),
+                         "stopped": made["stopped"], "tokens": made["tokens"], "prompt_tokens": made["prompt_tokens"]}])
+               for index, made in rows.items()]
+
+
+def refine(lm, task, records, drafts, subquestions=None, exemplars=(), facts=False, max_new_tokens=256, seed=0, done=()):
+    """Step 3: a revised answer from question, draft and sub-questions (paper, section 3.3); None: without sub-questions."""
+    with_questions = subquestions is not None
+    shown = [(refine_prompt(e, e["draft"], [s for s, _ in e["solution"]] if with_questions else None, facts),
+              solution_text(e["solution"], e["answer"])) for e in exemplars]
+    prompts = [refine_prompt(record, draft, asked, facts)
+               for record, draft, asked in zip(records, drafts, subquestions or [None] * len(records))]
+    yield from solutions(lm, task, "refine", prompts, shown, max_new_tokens, seed=seed, done=done)
+
+
+class Truster:
+    """Scores answers: one scalar for a question and a text, the higher the better (paper, section 3.4)."""
+
+    def __init__(self, folder, batch_tokens=16384):
+        self.about = read_about(folder, "train_truster.py")
+        base = load_scorer(self.about["model"], self.about["bits"], self.about["seed"])
+        with loading(folder):
+            self.model = PeftModel.from_pretrained(base, folder).eval()
+        self.tokenizer, self.batch_tokens = load_tokenizer(self.about["model"]), batch_tokens
+        check_scorer(self.model)
+
+    @torch.inference_mode()
+    def score(self, records, texts, done=()):
+        """`texts[i]` is {name: text} for record i; yields batches of (i, [{name: score, ..., "prompt_tokens": n}])."""
+        pairs = [(index, name) for index, several in enumerate(texts) for name in several]
+        prompts = self.tokenizer([trust_prompt(records[i], texts[i][name]) for i, name in pairs])["input_ids"] if pairs else []
+        groups = {}
+        for (index, name), ids in zip(pairs, prompts):
+            groups.setdefault(index, {})[name] = ids
+        order = list(groups)
+        sizes = [len(groups[i]) * max(map(len, groups[i].values())) for i in order]
+        for batch in plan_batches(sizes, self.batch_tokens):
+            if all(order[b] in done for b in batch):
+                continue
+            rows = [(order[b], name, ids) for b in batch for name, ids in groups[order[b]].items()]
+            padded = left_pad([ids for _, _, ids in rows], self.tokenizer.pad_token_id, self.model.device)
+            scores = score_batch(self.model, *padded).tolist()
+            found = {order[b]: {"prompt_tokens": 0} for b in batch}
+            for (index, name, ids), score in zip(rows, scores):
+                found[index][name] = score
+                found[index]["prompt_tokens"] += len(ids)
+            yield [(index, [scored]) for index, scored in found.items()]
+
+
+def score_batch(model, ids, mask):
+    """Scores (rows,) of token ids (rows, length) padded on the left; the last token carries the score."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.autocast(ids.device.type, compute_dtype(), enabled=ids.is_cuda):  # the head is fp32, what it reads may not be
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 0].float()
+
+
+class Shelf:
+    """LLM, Asker and Truster of a run; one large model is in memory at a time, LLM and Asker being one on the same base."""
+
+    def __init__(self, args):
+        self.args, self.folder, self._held = args, args.runs / args.task / args.run, {}
+        self.about = {name: read_about(self.folder / name, f"train_{name}.py") for name in ("asker", "truster")}
+
+    def get(self, name):
+        """The model of that name: "llm", "asker" or "truster"; what else is held makes room for it."""
+        if name not in self._held:
+            self._held.clear()
+            gc.collect()
+            args, asker = self.args, self.about["asker"]
+            same = find_model(asker["model"]) == find_model(args.model) and asker["bits"] == args.bits
+            if name == "truster":
+                self._held[name] = Truster(self.folder / name, args.batch_tokens)
+            elif name == "llm" and not same:
+                self._held[name] = LM(args.model, args.bits, args.batch_tokens, args.chat)
+            else:
+                lm = LM(asker["model"], asker["bits"], args.batch_tokens, args.chat if same else "no")
+                lm.add_adapter("asker", self.folder / "asker")
+                self._held |= {"asker": lm, "llm": lm} if same else {"asker": lm}
+        return self._held[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder: what was made stays made.
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """One process at a time in a folder; the lock goes with the process, however it ends."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"another process is at work in {folder}: wait for it, or give this run another name with --run") from None
+
+
+def parameters(name):
+    """Number of parameters of a model, counted on its architecture alone."""
+    with torch.device("meta"), loading(name):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_model(name))).num_parameters()
+
+
+def data_hash(task, splits=("train", "dev"), data=ROOT / "data"):
+    """SHA-256 over splits of a task, shortened."""
+    digest = hashlib.sha256()
+    for split in splits:
+        path = Path(data) / task / f"{split}.jsonl"
+        if not path.is_file():
+            raise UserError(f"{path} is missing; make it with: python {TASKS[task]['prepare']}")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def provenance():
+    """Versions of the packages and the commit of the kit, for the record (they are not compared)."""
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    packages = ("torch", "transformers", "bitsandbytes", "peft", "numpy")
+    return {"commit": git.stdout.strip() or None, "versions": {name: version(name) for name in packages}}
+
+
+LLM_KEYS = ["bits", "strategy", "shots", "chat", "max_new_tokens"]  # the arguments that an LLM's answers depend on
+
+
+def claim(path, made_by):
+    """Write beside `path` what makes it; refuse, naming the difference, if something else already did."""
+    about = Path(path).with_suffix(".args.json")
+    if not about.exists():
+        write_text(about, json.dumps({**made_by, "provenance": provenance()}, indent=1) + "\n")
+        return
+    before = json.loads(about.read_text())
+    for key, value in made_by.items():
+        if before.get(key) != value:
+            raise UserError(f"{path} was made with {key} = {before.get(key)}, now it is {value}: delete it (and {about.name}) or give "
+                            "another --run or --runs")
+
+
+def stage(path, label, ids, batches, per_id=1):
+    """Rows of a step by id, {id: [row, ...]}; what stands in `path` is not made again, the rest is appended batch by batch.
+
+    Args:
+        batches: function of `done`, the set of indices into `ids` that are complete; yields [(index, [row, ...]), ...].
+        per_id: rows that make an id complete; they are told apart by their key "sample".
+    """
+    rows = {}
+    if Path(path).exists():
+        for row in read_jsonl(path, journal=True):
+            rows.setdefault(row["id"], {})[row.get("sample", 0)] = row
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    done = {index for index, name in enumerate(ids) if len(rows.get(name, ())) >= per_id}
+    if len(done) < len(ids):
+        with tqdm(total=len(ids), initial=len(done), desc=label, unit="q", dynamic_ncols=True) as bar, \
+                open(path, "a", encoding="utf-8") as file:
+            for batch in batches(done):
+                new = [{"id": ids[index], **row} for index, several in batch for row in several
+                       if row.get("sample", 0) not in rows.get(ids[index], ())]
+                file.write(to_lines(new))
+                file.flush()
+                for row in new:
+                    rows.setdefault(row["id"], {})[row.get("sample", 0)] = row
+                bar.update(len({row["id"] for row in new}))
+    return {name: [row for _, row in sorted(rows[name].items())] for name in ids}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# QLoRA: what both trainings share. The loop itself is transformers.Trainer.
+
+
+def add_lora(model, task_type, rank, start=None):
+    """LoRA on all linear layers of a frozen base (QLoRA, arXiv 2305.14314); adapters and head stay in fp32.
+
+    `start` is the folder of an adapter to go on from.
+    """
+    if torch.cuda.is_available():
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+        for embedding in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            embedding.to(compute_dtype())  # frozen, and gigabytes in fp32 where the vocabulary is large
+    if start:
+        model = PeftModel.from_pretrained(model, start, is_trainable=True)
+    else:
+        model = get_peft_model(model, LoraConfig(
+            task_type=task_type, r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear",
+            modules_to_save=["score"] if task_type == TaskType.SEQ_CLS else None))
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+            assert "lora_" in name or ".score." in name, name
+    return model
+
+
+def load_scorer(name, bits, seed):
+    """A base with a fresh scalar head for the Truster, the head in fp32 and never quantised."""
+    transformers.set_seed(seed)
+    tokenizer = load_tokenizer(name)
+    model = load_base(name, bits, AutoModelForSequenceClassification, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    model.score.float()
+    return model
+
+
+def check_scorer(model):
+    """The Truster's head must be a plain fp32 layer: 4-bit loading and adapters have lost or quantised it elsewhere."""
+    heads = [module for name, module in model.named_modules() if name.endswith("score.modules_to_save.default")]
+    assert len(heads) == 1 and type(heads[0]) is torch.nn.Linear and heads[0].weight.dtype == torch.float32, heads
+
+
+class StopOnNonFinite(transformers.TrainerCallback):
+    """End training at the first loss or gradient that is not finite, instead of averaging it away."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0)):
+                raise UserError(f"{name} is {logs[name]} at step {state.global_step}: lower --lr, or on a card without bf16 use "
+                                "--bits 32; the last checkpoint is kept")
+
+
+class ART_Trainer(transformers.Trainer):
+    """The Trainer with a loss function of (model, inputs) that returns a mean over the batch."""
+
+    def __init__(self, *args, loss, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss, self.loss_is_scaled_for_ga = loss, False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.loss(model, inputs)
+
+
+def fine_tune(model, examples, collate, loss, args, folder, epochs):
+    """Train the adapter of `model` on `examples`; goes on from the last checkpoint in folder/checkpoints; returns the log."""
+    dtype, cuda = compute_dtype(), torch.cuda.is_available()
+    settings = transformers.TrainingArguments(
+        output_dir=str(Path(folder) / "checkpoints"), num_train_epochs=epochs, learning_rate=args.lr, lr_scheduler_type="cosine",
+        warmup_steps=0.05, max_grad_norm=1.0, per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate, optim="paged_adamw_8bit" if cuda else "adamw_torch", seed=args.seed,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=cuda, use_cpu=not cuda,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
+        logging_steps=10, logging_nan_inf_filter=False, save_steps=args.save_steps, save_total_limit=1,
+        report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda)
+    trainer = ART_Trainer(model, settings, collate, examples, callbacks=[StopOnNonFinite()], loss=loss)
+    trainer.remove_callback(transformers.PrinterCallback)
+    started = any((Path(folder) / "checkpoints").glob("checkpoint-*"))
+    if started:
+        print(f"going on from the last checkpoint in {folder}/checkpoints")
+    trainer.train(resume_from_checkpoint=started)
+    model.save_pretrained(folder)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"steps": trainer.state.global_step, "examples": len(examples), "loss": losses[-1] if losses else None,
+            "trainable_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad)}
+
+
+def load_samples(args):
+    """({id: rows in order of "sample"}, hash of the file) from `python art.py sample`."""
+    path = args.runs / args.task / "samples.jsonl"
+    samples = {}
+    for row in read_jsonl(path, f"make it with: python art.py sample --task {args.task}"):
+        samples.setdefault(row["id"], []).append(row)
+    return ({name: sorted(rows, key=lambda row: row["sample"]) for name, rows in samples.items()},
+            hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+
+
+def drop_long(examples, max_length):
+    """Examples of at most `max_length` tokens; a longer one is left out and counted, since cutting it would cut its answer."""
+    def length(example):
+        return max(map(len, example["rows"])) if "rows" in example else len(example["prompt"]) + len(example["target"])
+    kept = [example for example in examples if length(example) <= max_length]
+    if len(kept) < len(examples):
+        print(f"{len(examples) - len(kept)} of {len(examples)} examples are longer than --max-length {max_length} and left out")
+    return kept
+
+
+def write_about(folder, about):
+    """args.json beside an adapter, written last: a folder with it is complete."""
+    write_text(Path(folder) / "args.json", json.dumps({**about, "provenance": provenance()}, indent=1) + "\n")
+
+
+def read_about(folder, script):
+    """args.json of an adapter; refused where base model or prompts are no longer those it was trained with."""
+    path = Path(folder) / "args.json"
+    if not path.is_file():
+        raise UserError(f"no trained adapter in {folder}: make it with: python {script} (with the same --task, --run and --preset)")
+    about = json.loads(path.read_text())
+    base = json.loads((path.parent / "adapter_config.json").read_text())["base_model_name_or_path"]
+    now = {"model": base, "prompt_version": PROMPT_VERSION, "revision": model_revision(about["model"])}
+    for key, value in now.items():
+        trained = find_model(about[key]) if key == "model" else about[key]
+        if trained != value:
+            raise UserError(f"the adapter in {folder} was trained with {key} = {about[key]}, here it is {value}: train it again "
+                            f"with python {script} under another --run")
+    return about
+
+
+def already_trained(folder, about):
+    """The finished args.json of `folder` if it was made by `about`; None if nothing is there; refused if by something else."""
+    path = Path(folder) / "args.json"
+    if not path.is_file():
+        claim(Path(folder) / "training", about)
+        return None
+    before = json.loads(path.read_text())
+    for key, value in about.items():
+        if before.get(key) != value:
+            raise UserError(f"{folder} was trained with {key} = {before.get(key)}, now it is {value}: delete that folder or give "
+                            "another --run")
+    print(f"{folder} is trained already with these arguments: nothing to do")
+    return before
+
+
+def auc(scores, labels):
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties half. None without both kinds.
+
+    >>> auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1])
+    0.75
+    """
+    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
+    if labels.all() or not labels.any():
+        return None
+    positive, negative = scores[labels][:, None], scores[~labels][None, :]
+    return float(((positive > negative) + 0.5 * (positive == negative)).mean())
+
+
+def best_threshold(p, gain):
+    """The threshold on `p` (refine at or above it) with the largest sum of `gain` (n,), the middle one among equals.
+
+    >>> best_threshold([0.1, 0.6, 0.9], [-1, 1, 1])
+    0.35
+    """
+    p, gain = np.asarray(p), np.asarray(gain)
+    values = np.unique(p)
+    cuts = np.concatenate([[0.0], (values[1:] + values[:-1]) / 2, [np.nextafter(1, 2)]])  # always, between, never
+    sums = np.array([gain[p >= cut].sum() for cut in cuts])
+    best = np.flatnonzero(sums == sums.max())
+    return float(cuts[best[len(best) // 2]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+PRESETS = {  # sizes alone; "all" for every script, the rest for the script of that name
+    "toy": {
+        "all": {"model": "data/toy/base", "asker_model": "data/toy/base", "truster_model": "data/toy/base", "k": 4, "shots": 0,
+                "max_new_tokens": 96, "batch_tokens": 40000, "rank": 16, "lr": 2e-3, "max_length": 512, "save_steps": 50},
+        "train_asker": {"batch_size": 32, "accumulate": 1, "task_epochs": 2, "epochs": 2},
+        "train_truster": {"batch_size": 8, "accumulate": 1, "epochs": 1}},
+    "t4": {
+        "all": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B", "truster_model": "Qwen/Qwen2.5-1.5B", "k": 4,
+                "shots": 4, "max_new_tokens": 256, "batch_tokens": 16384, "rank": 16, "lr": 2e-4, "max_length": 512, "save_steps": 100},
+        "train_asker": {"batch_size": 4, "accumulate": 8, "task_epochs": 2, "epochs": 1},
+        "train_truster": {"batch_size": 1, "accumulate": 16, "epochs": 1}},
+    "24gb": {
+        "all": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf", "truster_model": "NousResearch/Llama-2-13b-hf",
+                "k": 5, "shots": 8, "max_new_tokens": 256, "batch_tokens": 32768, "rank": 16, "lr": 2e-4, "max_length": 512, "save_steps": 100},
+        "train_asker": {"batch_size": 8, "accumulate": 4, "task_epochs": 3, "epochs": 1},
+        "train_truster": {"batch_size": 2, "accumulate": 8, "epochs": 1}},
+}
+
+
+def make_parser(llm=False, training=False):
+    """A parent parser with the flags that scripts share; those of the LLM and of training where asked for."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--task", default="toy", choices=TASKS, help="what is asked (toy: needs no download)")
+    add("--preset", default="toy", choices=PRESETS, help="sizes: toy for a CPU, t4 for 16 GB, 24gb for 24 GB (toy); flags win over it")
+    add("--seed", type=int, default=0, help="of sampling, weights and data order (0)")
+    add("--run", default="default", help="name of the run: runs/<task>/<run> (default); samples are shared by the runs of a task")
+    add("--runs", type=Path, default=ROOT / "runs", help="folder of all runs (runs in the kit; on Colab a local one, copied to Drive after)")
+    add("--data", type=Path, default=ROOT / "data", help="folder of the tasks (data in the kit)")
+    add("--limit", type=int, help="only the first N questions of each split (all)")
+    add("--bits", type=int, default=4, choices=(4, 16, 32), help="of the frozen weights (4: nf4, what a small card needs)")
+    if llm:
+        add("--model", help="the LLM: folder or Hub id (preset)")
+        add("--chat", default="auto", choices=("auto", "yes", "no"), help="chat template: auto uses it where the tokenizer has one (auto)")
+        add("--shots", type=int, help="exemplars in front of each question (preset; 0 for the toy model, pretrained on the bare form)")
+        add("--strategy", default="cot", choices=("cot", "decomp"), help="of the first answer: chain of thought, or sub-questions (cot)")
+        add("--max-new-tokens", type=int, help="of an answer; longer ones are cut off and counted (preset)")
+        add("--batch-tokens", type=int, help="tokens of a batch, padding and new ones included (preset; halved when memory runs out)")
+    if training:
+        add("--lr", type=float, help="peak learning rate (preset; 2e-4 is QLoRA's for 7B and 13B)")
+        add("--rank", type=int, help="of the LoRA matrices (preset: 16; alpha is twice that)")
+        add("--epochs", type=float, help="passes over the examples (preset)")
+        add("--batch-size", type=int, help="examples (Asker) or questions (Truster) a step and device (preset)")
+        add("--accumulate", type=int, help="batches added up before a step (preset)")
+        add("--max-length", type=int, help="tokens; longer examples are left out and counted, never cut (preset)")
+        add("--save-steps", type=int, help="steps between checkpoints (preset)")
+        add("--report-to", default="none", help="tracker of transformers.Trainer, such as tensorboard or wandb (none)")
+    return parser
+
+
+def parse(parser, script, argv=None):
+    """Arguments with the preset filled in; the preset's needs checked; everything seeded."""
+    args = parser.parse_args(argv)
+    preset = PRESETS[args.preset]
+    for key, value in {**preset["all"], **preset.get(script, {})}.items():
+        if getattr(args, key, value) is None:
+            setattr(args, key, value)
+    if args.preset != "toy" and not torch.cuda.is_available():
+        raise UserError(f"--preset {args.preset} needs a CUDA GPU and none is here: on a CPU use --preset toy, with --model, "
+                        "--asker-model and --truster-model of your own if you like")
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run):
+        raise UserError("--run is a plain name: letters, digits, dot, hyphen, underscore")
+    transformers.set_seed(args.seed)
+    return args
+
+
+def fingerprint(args, model, keys):
+    """What makes an output: model, data, prompts and the arguments named by `keys`."""
+    return {"task": args.task, "data_sha256": data_hash(args.task, data=args.data), "model": model, "revision": model_revision(model),
+            "prompt_version": PROMPT_VERSION, **{key: getattr(args, key) for key in keys}}
+
+
+def sample(args):
+    """Step 2 of the five: k predictions for every question of train and dev, and the greedy drafts of dev (sample 0)."""
+    train, dev = (load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
+    path = args.runs / args.task / "samples.jsonl"
+    exemplars = load_exemplars(args.task, args.shots, args.data)
+    with lock(args.runs / args.task):
+        claim(path, fingerprint(args, args.model, [*LLM_KEYS, "seed", "k", "temperature"]))
+        lm = LM(args.model, args.bits, args.batch_tokens, args.chat)
+        if exemplars or lm.chat:
+            print(f"{args.shots} exemplars, {'chat template' if lm.chat else 'plain text'}")
+
+        def draw(records, k, temperature, first):
+            """A step for `stage`: samples first, first + 1, ... of each record, each with its verdict."""
+            gold = [record["answer"] for record in records]
+            def batches(done):
+                for batch in predict(lm, args.task, records, exemplars, args.strategy, False, args.max_new_tokens, k,
+                                     temperature, args.seed, done):
+                    yield [(i, [{"sample": first + j, "correct": is_correct(args.task, c["text"], gold[i]), **c}
+                                for j, c in enumerate(several)]) for i, several in batch]
+            return batches
+
+        ids = [record["id"] for record in train]
+        rows = stage(path, "sample train", ids, draw(train, args.k, args.temperature, 0), args.k)
+        ids = [record["id"] for record in dev]
+        drafts = stage(path, "draft dev", ids, draw(dev, 1, 0.0, 0))
+        stage(path, "sample dev", ids, draw(dev, args.k, args.temperature, 1), args.k + 1)
+    several = [row for group in rows.values() for row in group]
+    verdicts = [[row["correct"] for row in group] for group in rows.values()]
+    show_record({"question": train[0]["question"], "gold": train[0]["answer"], **{
+        f"sample {row['sample']} ({'right' if row['correct'] else 'wrong'})": row["text"] for row in rows[train[0]["id"]][:2]}})
+    print(f"{path}: {len(several)} samples of {len(rows)} training questions, {np.mean([r['correct'] for r in several]):.1%} right, "
+          f"{sum(any(v) and not all(v) for v in verdicts)} questions with both right and wrong samples, "
+          f"{sum(r['answer'] is None for r in several)} without an answer, {sum(not r['stopped'] for r in several)} cut off; "
+          f"greedy drafts of {len(dev)} dev questions {np.mean([g[0]['correct'] for g in drafts.values()]):.1%} right")
+
+
+def show_record(parts):
+    """Print named texts, {name: text}; control characters are made visible."""
+    for name, text in parts.items():
+        text = "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in str(text))
+        print(f"  {name}: " + text.replace("\n", "\n" + " " * (len(name) + 4)))
+
+
+def solve(args):
+    """One question through the four steps, each printed as it comes."""
+    record, shelf = [{"question": args.question}], Shelf(args)
+    settings = {"exemplars": load_exemplars(args.task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
+    shift, threshold = (shelf.about["asker"][key] for key in ("shift", "threshold"))
+
+    def first(batches):
+        return next(batches)[0][1][0]
+
+    show_record({"question": args.question})
+    draft = first(predict(shelf.get("llm"), args.task, record, strategy=args.strategy, **settings))
+    show_record({"1 predict": draft["text"]})
+    with shelf.get("asker").use("asker") as asker:
+        asked = first(ask(asker, args.task, record, [draft["text"]], shift=shift))
+    wanted = asked["p_refine"] >= threshold
+    show_record({"2 ask": "\n".join([*asked["subquestions"], f"{DECISION} {'Yes' if wanted else 'No'}  "
+                                     f"(p_refine {asked['p_refine']:.2f}, threshold {threshold:.2f})"])})
+    if wanted:
+        refined = first(refine(shelf.get("llm"), args.task, record, [draft["text"]], [asked["subquestions"]], **settings))
+        show_record({"3 refine": refined["text"]})
+        texts = {"initial": draft["text"], "refined": refined["text"]}
+        scores = first(shelf.get("truster").score(record, [texts]))
+        better = "refined" if scores["refined"] > scores["initial"] else "initial"
+        show_record({"4 trust": f"initial {scores['initial']:.2f}, refined {scores['refined']:.2f}: {better}"})
+        draft = {"initial": draft, "refined": refined}[better]
+    show_record({"answer": "none could be read" if draft["answer"] is None else draft["answer"]})
+
+
+def main():
+    """`sample` or `solve`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, call in (("sample", sample), ("solve", solve)):
+        one = commands.add_parser(name, parents=[make_parser(llm=True)], help=call.__doc__, description=call.__doc__)
+        one.set_defaults(call=call)
+        if name == "sample":
+            one.add_argument("--k", type=int, help="predictions a training question (preset)")
+            one.add_argument("--temperature", type=float, default=0.7, help="of the predictions (0.7: varied, still sensible)")
+        else:
+            one.add_argument("question", help="the question, in quotes")
+    args = parse(parser, "art")
+    args.call(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,145 @@
+"""The toy task: word problems in the GSM8K shape, made from a seed. Nothing is downloaded.
+
+    python data/toy/prepare.py                  # train.jsonl, dev.jsonl, test.jsonl beside this file
+    python data/toy/prepare.py --test 1000 --test-seed 11
+
+Every problem has traps that a careless reader falls into ("fewer" read as "more", the wrong person looked up, the last
+sum left out) and some hold a basket that nobody asked about. `Reading` says how a text was read; a reading gives
+sub-questions, steps and an answer. `Reading()` is the right one. pretrain.py uses other readings, this file never does.
+"""
+
+import argparse
+import hashlib
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import art
+
+NAMES = "Ann Ben Cleo Dan Eve Finn Gus Hana Ivan Jill Kim Leo".split()
+ITEMS = "apples pens books shells cards stamps coins roses kites cups hats nuts".split()
+VERBS = [("pick", "picked"), ("buy", "bought"), ("find", "found"), ("make", "made"), ("sell", "sold")]
+
+
+@dataclass
+class Problem:
+    """A given number, one or two relations (person, kind, number, index of the person referred to), and a question."""
+
+    item: str
+    verb: tuple[str, str]
+    people: list[str]
+    given: int
+    relations: list[tuple[str, int, int]]  # kind, number, index into people of the person compared with
+    together: bool
+    age: int | None
+    basket: int | None
+
+    def text(self):
+        """The question as the reader sees it."""
+        base, past = self.verb
+        lines = [f"{self.people[0]} {past} {self.given} {self.item}."]
+        if self.age:
+            lines[0] += f" {self.people[0]} is {self.age} years old."
+        for person, (kind, number, other) in zip(self.people[1:], self.relations):
+            lines.append(f"{person} {past} {_compare(kind, number, self.item)} {self.people[other]}.")
+        if self.basket:
+            lines.append(f"Another {self.basket} {self.item} lay in a basket.")
+        who = " and ".join(self.people[-2:]) if self.together else self.people[-1]
+        lines.append(f"How many {self.item} did {who} {base}{' together' if self.together else ''}?")
+        return " ".join(lines)
+
+
+@dataclass
+class Reading:
+    """How a text was read; the default reads it right."""
+
+    flipped: tuple[bool, ...] = (False, False)  # "fewer" taken for "more", for each relation
+    misplaced: bool = False  # the person named last taken for the one that the second relation refers to
+    unfinished: bool = False  # the sum at the end left out
+    basket: bool = False  # the basket added though nobody asked
+
+
+def _compare(kind, number, item):
+    return f"{number} times as many {item} as" if kind == "times" else f"{number} {kind} {item} than"
+
+
+def solve(problem, reading):
+    """[[sub-question, step], ...] and the answer that follow from a reading."""
+    base, past = problem.verb
+    item, people, counts, solution = problem.item, problem.people, [problem.given], []
+    for index, (kind, number, other) in enumerate(problem.relations):
+        if index == 1 and reading.misplaced:
+            other = 1
+        if kind == "fewer" and reading.flipped[index]:
+            kind = "more"
+        left = counts[other]
+        value, sign = {"more": (left + number, "+"), "fewer": (left - number, "-"), "times": (left * number, "*")}[kind]
+        counts.append(value)
+        asked = f"How many {item} did {people[index + 1]} {base}, {_compare(kind, number, item)} {people[other]}?"
+        solution.append([asked, f"{people[index + 1]} {past} {left} {sign} {number} = {value} {item}."])
+    if problem.together and not reading.unfinished:
+        pair, value = people[-2:], counts[-2] + counts[-1]
+        solution.append([f"How many {item} did {pair[0]} and {pair[1]} {base} together?",
+                         f"Together they {past} {counts[-2]} + {counts[-1]} = {value} {item}."])
+        counts.append(value)
+    if reading.basket:
+        value = counts[-1] + problem.basket
+        solution.append([f"How many {item} are there with the basket?",
+                         f"With the basket there are {counts[-1]} + {problem.basket} = {value} {item}."])
+        counts.append(value)
+    return solution, str(counts[-1])
+
+
+def draw_problem(rng):
+    """One problem whose every count stays between 1 and 99, however it is read."""
+    while True:
+        relations = []
+        for index in range(rng.choice([1, 2, 2])):
+            kind = rng.choices(["more", "fewer", "times"], [0.55, 0.2, 0.25])[0]
+            number = rng.randint(2, 3) if kind == "times" else rng.randint(2, 9)
+            relations.append((kind, number, 1 if index and rng.random() < 0.7 else 0))
+        problem = Problem(rng.choice(ITEMS), rng.choice(VERBS), rng.sample(NAMES, len(relations) + 1), rng.randint(3, 20),
+                          relations, rng.random() < 0.2, rng.randint(5, 12) if rng.random() < 0.2 else None,
+                          rng.randint(2, 9) if rng.random() < 0.25 else None)
+        worlds = [solve(problem, Reading((flip, flip), place)) for flip in (0, 1) for place in (0, 1)]
+        numbers = [int(word) for solution, _ in worlds for _, step in solution for word in step.split() if word.lstrip("-").isdigit()]
+        if min(numbers) >= 1 and max(numbers) <= 90:
+            return problem
+
+
+def for_pretraining(question):
+    """Half of all questions, chosen by a hash of their text, may be seen in pretraining; the task uses the other half."""
+    return hashlib.sha256(question.encode()).digest()[0] % 2 == 0
+
+
+def make_split(name, size, seed, taken):
+    """`size` records with questions in neither `taken` (updated) nor the pretraining half."""
+    rng, records = random.Random(f"toy {name} {seed}"), []
+    while len(records) < size:
+        problem = draw_problem(rng)
+        question = problem.text()
+        if question in taken or for_pretraining(question):
+            continue
+        taken.add(question)
+        solution, answer = solve(problem, Reading())
+        records.append({"id": f"toy-{name}-{len(records)}", "question": question, "answer": answer, "solution": solution})
+    return records
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, size in (("train", 1500), ("dev", 300), ("test", 500)):
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"questions of {name} ({size}: minutes on a laptop)")
+        parser.add_argument(f"--{name}-seed", type=int, default=0, help=f"of {name} (0)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder written to (data/toy)")
+    args, taken = parser.parse_args(), set()
+    for name in ("train", "dev", "test"):
+        records = make_split(name, getattr(args, name), getattr(args, f"{name}_seed"), taken)
+        art.write_jsonl(args.out / f"{name}.jsonl", records)
+        print(f"{args.out / name}.jsonl: {len(records)} questions, no text twice and none that the base model was pretrained on")
+
+
+if __name__ == "__main__":
+    art.run(main)
