@@ -14,14 +14,18 @@ import copy
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import subprocess
 import sys
+import warnings
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for an optional package at each import
 
 import filelock
 import numpy as np
@@ -43,6 +47,7 @@ def run(main):
     """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C one line and 130. No traceback for either."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     try:
         main()
     except UserError as error:
@@ -261,9 +266,9 @@ def solution_text(solution, answer, strategy="cot"):
     return "\n".join([*lines, f"#### {answer}"])
 
 
-def ask_prompt(record, draft, facts=False):
+def ask_prompt(record, draft):
     """Step 2: question and draft; the answer to it is `ask_target`."""
-    return f"{question_block(record, facts)}Answer:\n{draft}\nSub-questions:\n"
+    return f"{question_block(record)}Answer:\n{draft}\nSub-questions:\n"
 
 
 def ask_target(subquestions, refine):
@@ -455,8 +460,9 @@ class LM:
             if len(ids) + max_new_tokens > limit:
                 raise UserError(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones are more than the {limit} that "
                                 f"{self.name!r} can read: shorten the question, or lower --shots or --max-new-tokens")
-        prefix = os.path.commonprefix(prompts)[:-1] if len(prompts) > 1 else []
-        prefix = prefix[: min(map(len, prompts), default=1) - 1]
+        prefix = os.path.commonprefix(prompts)[: min(map(len, prompts), default=1) - 1]
+        if len(prefix) < 32 or len(prompts) == 1:
+            prefix = []
         for number, batch in enumerate(plan_batches([(len(ids) + max_new_tokens) * k for ids in prompts], self.batch_tokens)):
             if not all(index in done for index in batch):
                 torch.manual_seed(seed * 1_000_003 + number)
@@ -491,7 +497,7 @@ class LM:
         mask = torch.cat([mask.new_ones(len(prompts), len(prefix)), mask], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, len(prefix):]
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                            logits_to_keep=1)
+                         logits_to_keep=1)
         cache, logits = out.past_key_values, out.logits[:, -1].float().repeat_interleave(k, 0)
         if k > 1:
             cache.batch_repeat_interleave(k)
@@ -507,12 +513,11 @@ class LM:
                         made[index]["logit"] = (logits[row, options[0][0]] - logits[row, options[0][1]]).item()
             logprobs = logits.log_softmax(-1)
             tokens = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
-            chosen, may_stop = logprobs.gather(1, tokens[:, None])[:, 0].tolist(), self._may_stop[tokens.cpu().clamp(max=len(self._may_stop) - 1)]
+            chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+            may_stop = self._may_stop[tokens.cpu().clamp(max=len(self._may_stop) - 1)]
             stay = []
             for row, (index, token) in enumerate(zip(alive, tokens.tolist())):
-                if deciding[index]:
-                    continue
-                if step == max_new_tokens:  # cut off
+                if deciding[index] or step == max_new_tokens:  # decided, or cut off
                     continue
                 made[index]["logprob"] += chosen[row]
                 made[index]["tokens"] += 1
@@ -539,7 +544,7 @@ class LM:
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
             positions = positions + 1
             logits = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                   use_cache=True, logits_to_keep=1).logits[:, -1].float()
+                                use_cache=True, logits_to_keep=1).logits[:, -1].float()
         for index, text in enumerate(written):
             text = text if isinstance(text, str) else self.tokenizer.decode(text, skip_special_tokens=True)
             made[index]["text"] = text.strip()
@@ -564,25 +569,29 @@ INSTRUCTIONS = {  # for chat models, in front of the first turn
 def answer_stop(task, chat):
     """Where a solution ends: behind its answer line; for a plain prompt also where the next exemplar would begin."""
     line = ANSWER_LINE[TASKS[task]["answer"]] + r"[^\n]*\n"
-    return re.compile(line if chat else line + r"|\n\n|\nQuestion:")
+    return re.compile(line if chat else line + r"|\n\n|\n(?=Question:)")
 
 
-def solutions(lm, task, step, prompts, exemplars, max_new_tokens, k=1, temperature=0.0, seed=0, done=()):
-    """Continue prompts to solutions; yields batches of (index, [candidate, ...]), a candidate as DESIGN's record has it."""
+def solutions(lm, task, step, prompts, exemplars, **how):
+    """Continue prompts to solutions; yields batches of (index, [candidate, ...]). `how` goes to `LM.generate`."""
     prompts = [lm.render(prompt, exemplars, INSTRUCTIONS[step]) for prompt in prompts]
-    for batch in lm.generate(prompts, max_new_tokens, answer_stop(task, lm.chat), k, temperature, seed, done=done):
+    for batch in lm.generate(prompts, stop=answer_stop(task, lm.chat), **how):
         yield [(index, [{**made, "answer": extract_answer(task, made["text"])} for made in several]) for index, several in batch]
 
 
-def predict(lm, task, records, exemplars=(), strategy="cot", facts=False, max_new_tokens=256, k=1, temperature=0.0, seed=0, done=()):
-    """Step 1: k answers to each question (paper, section 3.1)."""
+def predict(lm, task, records, exemplars=(), strategy="cot", facts=False, **how):
+    """Step 1: an answer to each question, or k of them (paper, section 3.1)."""
     shown = [(predict_prompt(e, strategy, facts), solution_text(e["solution"], e["answer"], strategy)) for e in exemplars]
-    prompts = [predict_prompt(record, strategy, facts) for record in records]
-    yield from solutions(lm, task, strategy, prompts, shown, max_new_tokens, k, temperature, seed, done)
+    yield from solutions(lm, task, strategy, [predict_prompt(record, strategy, facts) for record in records], shown, **how)
+
+
+def subquestions_of(record):
+    """The gold sub-questions of a record or exemplar."""
+    return [subquestion for subquestion, _ in record.get("solution", ())]
 
 
 def parse_subquestions(text):
-    r"""The sub-questions of an Asker's text: the lines before the decision, without bullets, twelve at most.
+    r"""The sub-questions in an Asker's text: the lines before the decision, without bullets, twelve at most.
 
     >>> parse_subquestions("1. How many are left?\n- Who has them?\nRefine:")
     ['How many are left?', 'Who has them?']
@@ -591,38 +600,36 @@ def parse_subquestions(text):
     return [line for line in lines if line][:12]
 
 
-def ask(lm, task, records, drafts, exemplars=(), facts=False, shift=0.0, max_new_tokens=128, seed=0, done=()):
+def ask(lm, task, records, drafts, exemplars=(), shift=0.0, **how):
     """Step 2: sub-questions and the probability that the draft has to be refined, in one pass (paper, section 3.2).
 
     The probability is read from the logits of Yes against No behind "Refine:"; `shift` puts the prior back that balanced
     training took out. The same function serves the trained Asker (`with lm.use("asker")`) and the LLM asking itself.
     """
-    shown = [(ask_prompt(e, e["draft"], facts),
-              ask_target([s for s, _ in e["solution"]], not is_correct(task, e["draft"], e["answer"]))) for e in exemplars]
-    prompts = [lm.render(ask_prompt(record, draft, facts), shown, INSTRUCTIONS["ask"]) for record, draft in zip(records, drafts)]
+    shown = [(ask_prompt(e, e["draft"]),
+              ask_target(subquestions_of(e), not is_correct(task, e["draft"], e["answer"]))) for e in exemplars]
+    prompts = [lm.render(ask_prompt(record, draft), shown, INSTRUCTIONS["ask"]) for record, draft in zip(records, drafts)]
     options = lm.option_ids(DECISION, [" Yes", " No"])
-    stop = re.compile(re.escape(DECISION))
-    for batch in lm.generate(prompts, max_new_tokens, stop, seed=seed, options=(options, False), done=done):
-        rows = {index: several[0] for index, several in batch}
-        undecided = [index for index, made in rows.items() if made["logit"] is None]  # never came to the decision: put it to them
-        ends = [prompts[i] + lm.tokenizer("\n".join([*parse_subquestions(rows[i]["text"]), DECISION]), add_special_tokens=False)["input_ids"]
-                for i in undecided]
-        for again in lm.generate(ends, 1, options=(options, True)):
-            for position, several in again:
-                rows[undecided[position]]["logit"] = several[0]["logit"]
-        yield [(index, [{"subquestions": parse_subquestions(made["text"]), "p_refine": 1 / (1 + math.exp(-made["logit"] - shift)),
-                         "stopped": made["stopped"], "tokens": made["tokens"], "prompt_tokens": made["prompt_tokens"]}])
-               for index, made in rows.items()]
+    for batch in lm.generate(prompts, stop=re.compile(DECISION), options=(options, False), **how):
+        rows = {index: {**made, "subquestions": parse_subquestions(made["text"])} for index, (made,) in batch}
+        undecided = [index for index, row in rows.items() if row["logit"] is None]  # it never came to that: put it to the model
+        ends = ["\n".join([*rows[index]["subquestions"], DECISION]) for index in undecided]
+        ends = [prompts[i] + lm.tokenizer(end, add_special_tokens=False)["input_ids"] for i, end in zip(undecided, ends)]
+        for again in lm.generate(ends, max_new_tokens=1, options=(options, True)):
+            for position, (made,) in again:
+                rows[undecided[position]]["logit"] = made["logit"]
+        yield [(index, [{"subquestions": row["subquestions"], "p_refine": (1 + math.tanh((row["logit"] + shift) / 2)) / 2,
+                         **{key: row[key] for key in ("stopped", "tokens", "prompt_tokens")}}]) for index, row in rows.items()]
 
 
-def refine(lm, task, records, drafts, subquestions=None, exemplars=(), facts=False, max_new_tokens=256, seed=0, done=()):
+def refine(lm, task, records, drafts, subquestions=None, exemplars=(), facts=False, **how):
     """Step 3: a revised answer from question, draft and sub-questions (paper, section 3.3); None: without sub-questions."""
     with_questions = subquestions is not None
-    shown = [(refine_prompt(e, e["draft"], [s for s, _ in e["solution"]] if with_questions else None, facts),
+    shown = [(refine_prompt(e, e["draft"], subquestions_of(e) if with_questions else None, facts),
               solution_text(e["solution"], e["answer"])) for e in exemplars]
     prompts = [refine_prompt(record, draft, asked, facts)
                for record, draft, asked in zip(records, drafts, subquestions or [None] * len(records))]
-    yield from solutions(lm, task, "refine", prompts, shown, max_new_tokens, seed=seed, done=done)
+    yield from solutions(lm, task, "refine", prompts, shown, **how)
 
 
 class Truster:
@@ -731,7 +738,14 @@ def provenance():
     return {"commit": git.stdout.strip() or None, "versions": {name: version(name) for name in packages}}
 
 
-LLM_KEYS = ["bits", "strategy", "shots", "chat", "max_new_tokens"]  # the arguments that an LLM's answers depend on
+def require_same(before, now, what, mend):
+    """Refuse, naming the first difference, unless `before` holds all that `now` does."""
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise UserError(f"{what} was made with {key} = {before.get(key)}, now it is {value}: {mend}")
+
+
+LLM_KEYS = ["bits", "strategy", "facts", "shots", "chat", "max_new_tokens"]  # the arguments that an LLM's answers depend on
 
 
 def claim(path, made_by):
@@ -740,11 +754,7 @@ def claim(path, made_by):
     if not about.exists():
         write_text(about, json.dumps({**made_by, "provenance": provenance()}, indent=1) + "\n")
         return
-    before = json.loads(about.read_text())
-    for key, value in made_by.items():
-        if before.get(key) != value:
-            raise UserError(f"{path} was made with {key} = {before.get(key)}, now it is {value}: delete it (and {about.name}) or give "
-                            "another --run or --runs")
+    require_same(json.loads(about.read_text()), made_by, path, f"delete it (and {about.name}) or give another --run or --runs")
 
 
 def stage(path, label, ids, batches, per_id=1):
@@ -783,7 +793,7 @@ def add_lora(model, task_type, rank, start=None):
 
     `start` is the folder of an adapter to go on from.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # switches gradient checkpointing on too
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
         for embedding in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
             embedding.to(compute_dtype())  # frozen, and gigabytes in fp32 where the vocabulary is large
@@ -843,8 +853,7 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
         output_dir=str(Path(folder) / "checkpoints"), num_train_epochs=epochs, learning_rate=args.lr, lr_scheduler_type="cosine",
         warmup_steps=0.05, max_grad_norm=1.0, per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulate, optim="paged_adamw_8bit" if cuda else "adamw_torch", seed=args.seed,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=cuda, use_cpu=not cuda,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if cuda else None,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
         logging_steps=10, logging_nan_inf_filter=False, save_steps=args.save_steps, save_total_limit=1,
         report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda)
     trainer = ART_Trainer(model, settings, collate, examples, callbacks=[StopOnNonFinite()], loss=loss)
@@ -859,12 +868,14 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
             "trainable_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad)}
 
 
-def load_samples(args):
-    """({id: rows in order of "sample"}, hash of the file) from `python art.py sample`."""
-    path = args.runs / args.task / "samples.jsonl"
+def load_samples(args, records):
+    """({id: rows in order of "sample"}, hash of the file) from `python art.py sample`, for all of `records`."""
+    path, mend = args.runs / args.task / "samples.jsonl", f"make it with: python art.py sample --task {args.task}"
     samples = {}
-    for row in read_jsonl(path, f"make it with: python art.py sample --task {args.task}"):
+    for row in read_jsonl(path, mend):
         samples.setdefault(row["id"], []).append(row)
+    if lacking := sum(record["id"] not in samples for record in records):
+        raise UserError(f"{path} lacks {lacking} of the {len(records)} questions: {mend} and the same --limit")
     return ({name: sorted(rows, key=lambda row: row["sample"]) for name, rows in samples.items()},
             hashlib.sha256(path.read_bytes()).hexdigest()[:16])
 
@@ -890,13 +901,8 @@ def read_about(folder, script):
     if not path.is_file():
         raise UserError(f"no trained adapter in {folder}: make it with: python {script} (with the same --task, --run and --preset)")
     about = json.loads(path.read_text())
-    base = json.loads((path.parent / "adapter_config.json").read_text())["base_model_name_or_path"]
-    now = {"model": base, "prompt_version": PROMPT_VERSION, "revision": model_revision(about["model"])}
-    for key, value in now.items():
-        trained = find_model(about[key]) if key == "model" else about[key]
-        if trained != value:
-            raise UserError(f"the adapter in {folder} was trained with {key} = {about[key]}, here it is {value}: train it again "
-                            f"with python {script} under another --run")
+    now = {"prompt_version": PROMPT_VERSION, "revision": model_revision(about["model"])}
+    require_same(about, now, f"the adapter in {folder}", f"train it again with: python {script} --run ANOTHER")
     return about
 
 
@@ -907,10 +913,7 @@ def already_trained(folder, about):
         claim(Path(folder) / "training", about)
         return None
     before = json.loads(path.read_text())
-    for key, value in about.items():
-        if before.get(key) != value:
-            raise UserError(f"{folder} was trained with {key} = {before.get(key)}, now it is {value}: delete that folder or give "
-                            "another --run")
+    require_same(before, about, folder, "delete that folder or give another --run")
     print(f"{folder} is trained already with these arguments: nothing to do")
     return before
 
@@ -980,6 +983,8 @@ def make_parser(llm=False, training=False):
         add("--model", help="the LLM: folder or Hub id (preset)")
         add("--chat", default="auto", choices=("auto", "yes", "no"), help="chat template: auto uses it where the tokenizer has one (auto)")
         add("--shots", type=int, help="exemplars in front of each question (preset; 0 for the toy model, pretrained on the bare form)")
+        add("--facts", default="refine", choices=("refine", "both", "none"),
+            help="where StrategyQA's facts are shown: to refine, as in the paper, or to predict too, as a control (refine)")
         add("--strategy", default="cot", choices=("cot", "decomp"), help="of the first answer: chain of thought, or sub-questions (cot)")
         add("--max-new-tokens", type=int, help="of an answer; longer ones are cut off and counted (preset)")
         add("--batch-tokens", type=int, help="tokens of a batch, padding and new ones included (preset; halved when memory runs out)")
@@ -1020,37 +1025,34 @@ def fingerprint(args, model, keys):
 def sample(args):
     """Step 2 of the five: k predictions for every question of train and dev, and the greedy drafts of dev (sample 0)."""
     train, dev = (load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
-    path = args.runs / args.task / "samples.jsonl"
-    exemplars = load_exemplars(args.task, args.shots, args.data)
+    path, exemplars = args.runs / args.task / "samples.jsonl", load_exemplars(args.task, args.shots, args.data)
+
+    def draw(label, lm, records, k, temperature, first=0):
+        """Samples first, first + 1, ... of each record, each with its verdict: {id: [row, ...]}."""
+
+        def batches(done):
+            for batch in predict(lm, args.task, records, exemplars, args.strategy, args.facts == "both", k=k, done=done,
+                                 temperature=temperature, seed=args.seed, max_new_tokens=args.max_new_tokens):
+                yield [(i, [{"sample": first + j, "correct": is_correct(args.task, made["text"], records[i]["answer"]), **made}
+                            for j, made in enumerate(several)]) for i, several in batch]
+
+        return stage(path, label, [record["id"] for record in records], batches, first + k)
+
     with lock(args.runs / args.task):
         claim(path, fingerprint(args, args.model, [*LLM_KEYS, "seed", "k", "temperature"]))
         lm = LM(args.model, args.bits, args.batch_tokens, args.chat)
-        if exemplars or lm.chat:
-            print(f"{args.shots} exemplars, {'chat template' if lm.chat else 'plain text'}")
-
-        def draw(records, k, temperature, first):
-            """A step for `stage`: samples first, first + 1, ... of each record, each with its verdict."""
-            gold = [record["answer"] for record in records]
-            def batches(done):
-                for batch in predict(lm, args.task, records, exemplars, args.strategy, False, args.max_new_tokens, k,
-                                     temperature, args.seed, done):
-                    yield [(i, [{"sample": first + j, "correct": is_correct(args.task, c["text"], gold[i]), **c}
-                                for j, c in enumerate(several)]) for i, several in batch]
-            return batches
-
-        ids = [record["id"] for record in train]
-        rows = stage(path, "sample train", ids, draw(train, args.k, args.temperature, 0), args.k)
-        ids = [record["id"] for record in dev]
-        drafts = stage(path, "draft dev", ids, draw(dev, 1, 0.0, 0))
-        stage(path, "sample dev", ids, draw(dev, args.k, args.temperature, 1), args.k + 1)
-    several = [row for group in rows.values() for row in group]
-    verdicts = [[row["correct"] for row in group] for group in rows.values()]
+        print(f"{args.model}: {args.shots} exemplars, {'chat template' if lm.chat else 'plain text'}")
+        groups = draw("sample train", lm, train, args.k, args.temperature)
+        drafts = draw("draft dev", lm, dev, 1, 0.0)
+        draw("sample dev", lm, dev, args.k, args.temperature, first=1)
+    rows = [row for group in groups.values() for row in group]
+    both = sum(len({row["correct"] for row in group}) == 2 for group in groups.values())
     show_record({"question": train[0]["question"], "gold": train[0]["answer"], **{
-        f"sample {row['sample']} ({'right' if row['correct'] else 'wrong'})": row["text"] for row in rows[train[0]["id"]][:2]}})
-    print(f"{path}: {len(several)} samples of {len(rows)} training questions, {np.mean([r['correct'] for r in several]):.1%} right, "
-          f"{sum(any(v) and not all(v) for v in verdicts)} questions with both right and wrong samples, "
-          f"{sum(r['answer'] is None for r in several)} without an answer, {sum(not r['stopped'] for r in several)} cut off; "
-          f"greedy drafts of {len(dev)} dev questions {np.mean([g[0]['correct'] for g in drafts.values()]):.1%} right")
+        f"sample {row['sample']} ({'right' if row['correct'] else 'wrong'})": row["text"] for row in groups[train[0]["id"]][:2]}})
+    print(f"{path}: {len(rows)} samples of {len(groups)} training questions, {np.mean([r['correct'] for r in rows]):.1%} right, "
+          f"{both} questions with both right and wrong samples, {sum(r['answer'] is None for r in rows)} without an answer, "
+          f"{sum(not r['stopped'] for r in rows)} cut off, {sum(r['tokens'] for r in rows)} tokens; greedy drafts of {len(dev)} dev "
+          f"questions {np.mean([group[0]['correct'] for group in drafts.values()]):.1%} right")
 
 
 def show_record(parts):

@@ -76,14 +76,11 @@ def run_stages(args, dev, test):
     """The records of dev and test with candidates, ask and trust filled in as DESIGN's record has them."""
     shelf, records, task = art.Shelf(args), dev + test, args.task
     folder, llm = shelf.folder / "stages", art.fingerprint(args, args.model, art.LLM_KEYS)
-    exemplars = art.load_exemplars(task, args.shots, args.data)
-    settings = {"exemplars": exemplars, "max_new_tokens": args.max_new_tokens}
-    samples, samples_hash = art.load_samples(args)
-    drawn_with = json.loads((args.runs / task / "samples.args.json").read_text())
-    for key, value in llm.items():
-        if drawn_with[key] != value:
-            raise art.UserError(f"samples.jsonl, which holds the drafts of dev, was made with {key} = {drawn_with[key]}, now it is "
-                                f"{value}: give the same flags as to art.py sample, or another --runs")
+    settings = {"exemplars": art.load_exemplars(task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
+    samples, samples_hash = art.load_samples(args, dev)
+    path = args.runs / task / "samples.jsonl"  # holds the drafts of dev
+    art.require_same(json.loads(path.with_suffix(".args.json").read_text()), llm, path, "give the flags you gave art.py sample")
+    supported = {**settings, "facts": args.facts != "none"}
 
     def stage(name, made_by, over, batches):
         """Rows of one stage in the order of `over`, kept in a file whose name follows from all that makes them."""
@@ -99,23 +96,24 @@ def run_stages(args, dev, test):
 
     def asker(done):
         with shelf.get("asker").use("asker") as lm:
-            yield from art.ask(lm, task, records, drafts, shift=shelf.about["asker"]["shift"], done=done)
+            shift = shelf.about["asker"]["shift"]
+            yield from art.ask(lm, task, records, drafts, shift=shift, max_new_tokens=args.max_new_tokens, done=done)
 
     by = {**llm, "test": art.data_hash(task, ["test"], args.data), "samples": samples_hash}
     initial, by = stage("initial", by, test, lambda done: art.predict(
-        shelf.get("llm"), task, test, strategy=args.strategy, done=done, **settings))
+        shelf.get("llm"), task, test, strategy=args.strategy, facts=args.facts == "both", done=done, **settings))
     initial = [samples[record["id"]][0] for record in dev] + initial
     drafts = [row["text"] for row in initial]
 
     asked_self, by_self = stage("ask_self", by, records, lambda done: art.ask(
-        shelf.get("llm"), task, records, drafts, exemplars, done=done))
-    refined_self, _ = stage("refined_self", by_self, records, lambda done: art.refine(
-        shelf.get("llm"), task, records, drafts, [row["subquestions"] for row in asked_self], done=done, **settings))
-    refined_plain, _ = stage("refined_plain", by, records, lambda done: art.refine(
         shelf.get("llm"), task, records, drafts, done=done, **settings))
+    refined_self, _ = stage("refined_self", by_self, records, lambda done: art.refine(
+        shelf.get("llm"), task, records, drafts, [row["subquestions"] for row in asked_self], done=done, **supported))
+    refined_plain, _ = stage("refined_plain", by, records, lambda done: art.refine(
+        shelf.get("llm"), task, records, drafts, done=done, **supported))
     asked, by = stage("ask", {**by, "asker": adapter("asker")}, records, asker)
     refined, by = stage("refined", by, records, lambda done: art.refine(
-        shelf.get("llm"), task, records, drafts, [row["subquestions"] for row in asked], done=done, **settings))
+        shelf.get("llm"), task, records, drafts, [row["subquestions"] for row in asked], done=done, **supported))
     texts = [{"initial": draft, "refined": row["text"]} for draft, row in zip(drafts, refined)]
     trusted, _ = stage("trust", {**by, "truster": adapter("truster")}, records, lambda done: shelf.get("truster").score(
         records, texts, done))
@@ -206,7 +204,7 @@ def make_rows(args, dev, test, models):
     for row, (decides, refinement, chooses) in ROWS.items():
         refine, take = decided[row]
         result = {"row": row, "settings": {
-            "strategy": args.strategy, "ask": decides, "subquestions": SUBQUESTIONS[refinement], "trust": chooses, "facts": "none",
+            "strategy": args.strategy, "ask": decides, "subquestions": SUBQUESTIONS[refinement], "trust": chooses, "facts": args.facts,
             "rounds": 1 if refinement else 0, "k": 1, "threshold": thresholds[row]},
             "accuracy": float(correct[row].mean()), "ci95": wilson(float(correct[row].sum()), n), "refined_share": float(refine.mean())}
         if take is None:  # an expectation has no answers to compare, count or pair

@@ -124,7 +124,7 @@ def main():
     parser.add_argument("--task-epochs", type=float, help="passes over the questions in stage 1; 0 leaves it out (preset)")
     args = art.parse(parser, "train_asker")
     train, dev = (art.load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
-    samples, samples_hash = art.load_samples(args)
+    samples, samples_hash = art.load_samples(args, train + dev)
     train = [record for record in train if record.get("solution")]
     folder = args.runs / args.task / args.run
     keys = ["bits", "seed", "limit", "lr", "rank", "batch_size", "accumulate", "max_length", "task_epochs"]

@@ -73,7 +73,7 @@ def main():
     parser.add_argument("--truster-model", help="base of the Truster: folder or Hub id (preset)")
     args = art.parse(parser, "train_truster")
     train, dev = (art.load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
-    samples, samples_hash = art.load_samples(args)
+    samples, samples_hash = art.load_samples(args, train + dev)
     folder = args.runs / args.task / args.run / "truster"
     keys = ["bits", "seed", "limit", "lr", "rank", "epochs", "batch_size", "accumulate", "max_length"]
     about = {**art.fingerprint(args, args.truster_model, keys), "samples_sha256": samples_hash}

@@ -1,0 +1,244 @@
+"""The five commands as a user runs them: what they write, a second run, and bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, make_data
+from safetensors.torch import load_file
+
+import art
+import evaluate
+import train_asker
+import train_truster
+
+LOAD_AND_SCORE = """
+import sys, torch, art
+folder, text = sys.argv[1:]
+truster = art.Truster(folder + "/truster")
+(_, (row,)), = next(truster.score([{"question": text}], [{"a": text}]))
+lm = art.LM("data/toy/base")
+lm.add_adapter("asker", folder + "/asker")
+with torch.inference_mode(), lm.use("asker"):
+    logits = lm.model(input_ids=torch.tensor([lm.render(text)])).logits[0, -1]
+print(row["a"].hex(), float(logits.max()).hex(), int(logits.argmax()))
+"""
+
+
+def test_results(kit):
+    folder = kit.runs / "toy/default"
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["row"] for row in results["rows"]] == list(evaluate.ROWS) and results["n"] == 40
+    rows = {row["row"]: row for row in results["rows"]}
+    records = art.read_jsonl(folder / "records.jsonl")
+    for record in records:
+        assert set(record["candidates"]) == {"initial", "refined", "refined_plain", "refined_self"}
+        assert 0 <= record["ask"]["asker"]["p_refine"] <= 1 and {"initial", "refined"} <= set(record["trust"]["truster"])
+    for name in ("initial", "refined"):  # the table must be what the records say
+        share = np.mean([art.is_correct("toy", r["candidates"][name]["text"], r["answer"]) for r in records])
+        assert rows["refine_always" if name == "refined" else name]["accuracy"] == share
+    assert rows["oracle_choice"]["accuracy"] >= max(rows[row]["accuracy"] for row in ("initial", "refine_always", "art"))
+    mended, broken = (rows["art"]["flips"][key] for key in ("wrong_right", "right_wrong"))
+    assert rows["art"]["accuracy"] - rows["initial"]["accuracy"] == pytest.approx((mended - broken) / 40)
+    share = rows["asker"]["refined_share"]
+    expected = (1 - share) * rows["initial"]["accuracy"] + share * rows["refine_always"]["accuracy"]
+    assert rows["random_gate"]["accuracy"] == pytest.approx(expected)
+    assert "| art |" in kit.out["evaluate"] and "== mended: " in (folder / "flips.txt").read_text()
+
+
+def test_second_run_redoes_nothing(kit):
+    before = kit.files()
+    results = kit.runs / "toy/default"
+    derived = {results / name for name in ("results.json", "records.jsonl", "flips.txt", "table.md", "results.png")}
+    for script in TINY:
+        done = kit(script)
+        assert done.returncode == 0 and "%|" not in done.stderr, done.stderr[-2000:]
+    after = kit.files()
+    assert after.keys() == before.keys()
+    assert {path for path in before if before[path] != after[path]} <= derived  # computed from the rest, in no time
+
+
+def test_training_is_qlora(kit):
+    folder = kit.runs / "toy/default"
+    for name in ("finetuned", "asker", "truster"):
+        weights = load_file(folder / name / "adapter_model.safetensors")
+        assert all(weight.dtype == torch.float32 for weight in weights.values())
+        about = json.loads((folder / name / "args.json").read_text())
+        assert about["bits"] == 4 and about["prompt_version"] == art.PROMPT_VERSION and about["steps"] > 0
+    assert any(".score." in key or key.endswith("score.weight") for key in weights)
+    lm = art.LM("data/toy/base")
+    kinds = {type(module).__name__ for name, module in lm.model.named_modules() if name.endswith("_proj")}
+    assert kinds == {"Linear4bit"}
+
+
+def test_fresh_process_gives_equal_logits(kit):
+    """Both adapters, saved and loaded in two new processes, against each other and against this one."""
+    folder = kit.runs / "toy/default"
+    text = art.load_task("toy", "dev", data=kit.data)[0]["question"]
+    command = [sys.executable, "-c", LOAD_AND_SCORE, str(folder), text]
+    once, again = (subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout for _ in range(2))
+    assert once == again
+    base = art.load_scorer("data/toy/base", 4, seed=123)  # another seed: a head that was lost would show
+    fresh = art.PeftModel.from_pretrained(base, folder / "truster").eval()
+    ids = art.load_tokenizer("data/toy/base")(art.trust_prompt({"question": text}, text))["input_ids"]
+    with torch.inference_mode():
+        score = art.score_batch(fresh, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))
+    assert float.fromhex(once.split()[0]) == score.item()
+
+
+def test_asker_training_moves_the_decision(kit):
+    """The figures that the script prints are those of its own predictions on dev."""
+    folder = kit.runs / "toy/default/asker"
+    about = json.loads((folder / "args.json").read_text())
+    rows = {row["id"]: row for row in art.read_jsonl(folder / "dev.jsonl")}
+    drafts = {row["id"]: row for row in art.read_jsonl(kit.runs / "toy/samples.jsonl") if row["sample"] == 0}
+    p, wrong = zip(*((row["p_refine"], not drafts[name]["correct"]) for name, row in rows.items()))
+    assert about["dev"]["auc"] == pytest.approx(art.auc(p, wrong))
+    assert about["dev"]["decision_accuracy"] == np.mean((np.array(p) >= about["threshold"]) == np.array(wrong))
+
+
+def test_solve(kit):
+    question = art.load_task("toy", "test", data=kit.data)[0]["question"]
+    command = [sys.executable, str(ROOT / "art.py"), "solve", "--data", str(kit.data), "--runs", str(kit.runs), question]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part in ("question:", "1 predict:", "2 ask:", "answer:"):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize("script", ["art.py", "train_asker.py", "train_truster.py", "evaluate.py", "data/toy/prepare.py",
+                                    "data/toy/pretrain.py", "data/gsm8k/prepare.py"])
+def test_help(script):
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout
+
+
+MAINS = {"sample": art.main, "solve": art.main, "train_asker": train_asker.main, "train_truster": train_truster.main,
+         "evaluate": evaluate.main}
+
+
+def refused(monkeypatch, capsys, script, *flags):
+    """Run a script in this process; it must end with exit code 2 and one line on stderr, which is returned."""
+    first = [script] if script in ("sample", "solve") else []
+    monkeypatch.setattr(sys, "argv", ["script", *first, *map(str, flags)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        art.run(MAINS[script])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("usage") and "%|" not in line]
+    assert end.value.code == 2 and "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+@pytest.fixture
+def copy(kit, tmp_path):
+    """A copy of the finished run that a test may break."""
+    shutil.copytree(kit.folder, tmp_path / "kit")
+    folder = tmp_path / "kit"
+    return folder, ["--data", folder / "data", "--runs", folder / "runs", "--limit", "40"]
+
+
+@pytest.mark.parametrize("script", ["sample", "train_asker", "train_truster", "evaluate"])
+def test_unknown_flag(monkeypatch, capsys, script):
+    assert "--no-such" in refused(monkeypatch, capsys, script, "--no-such", "1")
+
+
+def test_missing_and_empty_data(monkeypatch, capsys, copy):
+    folder, flags = copy
+    (folder / "data/toy/dev.jsonl").write_text("")
+    assert "data/toy/prepare.py" in refused(monkeypatch, capsys, "evaluate", *flags)
+    (folder / "data/toy/dev.jsonl").unlink()
+    assert "data/toy/prepare.py" in refused(monkeypatch, capsys, "train_asker", *flags, *TINY["train_asker"])
+
+
+def test_broken_line(monkeypatch, capsys, copy):
+    folder, flags = copy
+    path = folder / "runs/toy/samples.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]) + "\n")
+    line = refused(monkeypatch, capsys, "train_truster", *flags, "--run", "other")
+    assert "samples.jsonl, line 4" in line
+    path.unlink()
+    assert "python art.py sample" in refused(monkeypatch, capsys, "train_truster", *flags, "--run", "other")
+
+
+def test_missing_adapter(monkeypatch, capsys, copy):
+    folder, flags = copy
+    assert "train_asker.py" in refused(monkeypatch, capsys, "evaluate", *flags, "--run", "nobody")
+    shutil.rmtree(folder / "runs/toy/default/truster")
+    assert "train_truster.py" in refused(monkeypatch, capsys, "solve", *flags, "How many?")
+
+
+def test_adapter_of_another_base(monkeypatch, capsys, copy):
+    folder, flags = copy
+    path = folder / "runs/toy/default/asker/args.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "revision": "other"}))
+    assert "revision = other" in refused(monkeypatch, capsys, "evaluate", *flags)
+    path.write_text(json.dumps({**about, "prompt_version": 0}))
+    assert "prompt_version = 0" in refused(monkeypatch, capsys, "evaluate", *flags)
+
+
+def test_other_arguments_are_refused(monkeypatch, capsys, copy):
+    _, flags = copy
+    assert "lr = " in refused(monkeypatch, capsys, "train_asker", *flags, *TINY["train_asker"], "--lr", "0.5")
+    assert "temperature = " in refused(monkeypatch, capsys, "sample", *flags, *TINY["sample"], "--temperature", "0.9")
+    assert "strategy = " in refused(monkeypatch, capsys, "evaluate", *flags, "--strategy", "decomp")
+
+
+def test_nothing_to_learn(monkeypatch, capsys, copy):
+    folder, flags = copy
+    path = folder / "runs/toy/samples.jsonl"
+    art.write_jsonl(path, [{**row, "correct": True} for row in art.read_jsonl(path)])
+    assert "--k 8" in refused(monkeypatch, capsys, "train_truster", *flags, "--run", "other")
+    assert "--k 8" in refused(monkeypatch, capsys, "train_asker", *flags, "--run", "other", "--task-epochs", "0")
+
+
+def test_question_longer_than_context(monkeypatch, capsys, copy):
+    _, flags = copy
+    assert "shorten the question" in refused(monkeypatch, capsys, "solve", *flags, "How many pens? " * 300)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(monkeypatch, capsys):
+    assert "needs a CUDA GPU" in refused(monkeypatch, capsys, "evaluate", "--preset", "t4")
+
+
+def test_missing_model(monkeypatch, capsys, copy, tmp_path):
+    _, flags = copy
+    flags = ["--data", flags[1], "--runs", tmp_path / "new"]
+    assert "cannot load the model" in refused(monkeypatch, capsys, "sample", *flags, "--model", tmp_path / "nothing")
+    (tmp_path / "pickled").mkdir()
+    config = json.loads((ROOT / "data/toy/base/config.json").read_text())
+    (tmp_path / "pickled/config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "data/toy/base" / name, tmp_path / "pickled" / name)
+    torch.save({}, tmp_path / "pickled/pytorch_model.bin")
+    assert "safetensors" in refused(monkeypatch, capsys, "sample", *flags, "--model", tmp_path / "pickled")
+
+
+def test_second_process_is_refused(monkeypatch, capsys, copy):
+    folder, flags = copy
+    with art.lock(folder / "runs/toy"):
+        code = f"import sys, art; sys.argv = ['art', 'sample', '--data', {str(flags[1])!r}, '--runs', {str(flags[3])!r}, '--k', '3']; "
+        done = subprocess.run([sys.executable, "-c", code + "art.run(art.main)"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "another process" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_killed_sample_resumes(tmp_path, kit):
+    """Half of the samples and half a line, then the same command: the same file as an uninterrupted run made."""
+    make_data(tmp_path / "data")
+    (tmp_path / "runs/toy").mkdir(parents=True)
+    whole = (kit.runs / "toy/samples.jsonl").read_text()
+    (tmp_path / "runs/toy/samples.jsonl").write_text(whole[: len(whole) // 2])
+    shutil.copy(kit.runs / "toy/samples.args.json", tmp_path / "runs/toy")
+    again = type(kit)(tmp_path)
+    done = again("sample")
+    assert done.returncode == 0 and "1 half-written line dropped" in done.stderr
+    rows = {(row["id"], row["sample"]): row for row in art.read_jsonl(tmp_path / "runs/toy/samples.jsonl")}
+    expected = {(row["id"], row["sample"]): row for row in map(json.loads, whole.splitlines())}
+    assert rows.keys() == expected.keys()
+    assert all(rows[key]["text"] == expected[key]["text"] for key in rows)
