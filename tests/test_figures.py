@@ -1,0 +1,127 @@
+"""Statistics against known values, the training losses against slow ones, and the toy task's promises."""
+
+import itertools
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import art
+import evaluate
+import train_asker
+import train_truster
+
+sys.path.insert(0, str(art.ROOT / "data/toy"))
+import prepare
+import pretrain
+
+
+def test_known_statistics():
+    assert evaluate.wilson(0, 10) == pytest.approx([0, 0.2775], abs=1e-4)  # Newcombe (1998), table I: 0/10
+    assert evaluate.wilson(15, 148) == pytest.approx([0.0624, 0.1605], abs=1e-4)  # the same table: 15/148
+    assert evaluate.mcnemar(0, 0) == 1 and evaluate.mcnemar(5, 5) == 1
+    assert evaluate.mcnemar(0, 6) == pytest.approx(2 / 64)
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=50).round(1), rng.random(50) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels] for b in scores[~labels]]
+    assert art.auc(scores, labels) == pytest.approx(np.mean(pairs)) and art.auc([1, 2], [True, True]) is None
+
+
+def test_bootstrap_interval_covers():
+    """In 300 draws of paired outcomes the 95% interval of the difference holds the true one about 95% of the time."""
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(300):
+        kind = rng.choice(3, size=400, p=[0.15, 0.25, 0.6])  # only other right, only row right, the same
+        low, high = evaluate.compare(kind == 1, kind == 0, seed=0)["ci95"]
+        hits += low <= 0.10 <= high
+    assert 0.90 < hits / 300 < 0.99
+
+
+def test_threshold_is_the_best_of_all():
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        p, gain = rng.random(12).round(1), rng.integers(-1, 2, 12)
+        best = max(gain[p >= cut].sum() for cut in [0, *p, 1.1])
+        assert gain[p >= art.best_threshold(p, gain)].sum() == best
+
+
+def test_rows_on_a_hand_made_case():
+    """Four questions, one of each kind: right then right, right then wrong, wrong then right, wrong then wrong."""
+    right = {"initial": np.array([1, 1, 0, 0], bool), "refined": np.array([1, 0, 1, 0], bool)}
+    p, trusts = {"asker": np.array([0.1, 0.6, 0.9, 0.9])}, np.array([0, 0, 1, 1], bool)
+    taken = {row: evaluate.outcome(row, right, p, trusts, 0.5)[1].tolist()
+             for row in ("initial", "refine_always", "always_truster", "asker", "art", "oracle_gate", "oracle_choice")}
+    assert taken == {"initial": [False] * 4, "refine_always": [True] * 4, "always_truster": [False, False, True, True],
+                     "asker": [False, True, True, True], "art": [False, False, True, True], "oracle_gate": [False, False, True, True],
+                     "oracle_choice": [False, False, True, False]}
+    assert evaluate.set_threshold("asker", right, p, trusts) > 0.6 and evaluate.set_threshold("initial", right, p, trusts) is None
+
+
+def test_pair_losses_against_a_loop():
+    scores, correct = torch.randn(6), torch.tensor([True, False, True, False, False, True])
+    slow = [-torch.nn.functional.logsigmoid(scores[i] - scores[j]) for i, j in itertools.product(range(6), repeat=2)
+            if correct[i] and not correct[j]]
+    assert torch.allclose(train_truster.pair_losses(scores, correct).sort()[0], torch.stack(slow).sort()[0])
+
+
+def test_truster_loss_weighs_questions_the_same(lm):
+    tokenizer = lm.tokenizer
+    records = [{"id": "a", "question": "One?"}, {"id": "b", "question": "Two?"}, {"id": "c", "question": "Three?"}]
+    samples = {"a": [{"text": "1", "correct": True}, {"text": "2", "correct": False}, {"text": "3", "correct": False}],
+               "b": [{"text": "4", "correct": False}, {"text": "5 or so", "correct": True}], "c": [{"text": "6", "correct": True}]}
+    groups = train_truster.contrast(records, samples, tokenizer)
+    assert [group["correct"] for group in groups] == [[True, False, False], [False, True]]  # "c" has no wrong one
+    model = art.add_lora(art.load_scorer("data/toy/base", 32, 0), art.TaskType.SEQ_CLS, 4).eval()
+    collate = train_truster.make_collate(tokenizer.pad_token_id)
+    with torch.no_grad():
+        both = train_truster.truster_loss(model, collate(groups))
+        apart = [train_truster.truster_loss(model, collate([group])) for group in groups]
+    assert both.item() == pytest.approx(sum(loss.item() for loss in apart) / 2, abs=1e-5)
+
+
+def test_asker_loss_is_on_the_target_alone(lm):
+    """The loss with the head on the last positions only equals one over full logits, and padding changes nothing."""
+    tokenizer = lm.tokenizer
+    records = [{"id": i, "question": question, "solution": [["How many pens?", "1 + 1 = 2"]] * (1 + (i == "b"))}
+               for i, question in (("a", "Ann has one pen. How many?"), ("b", "Two?"))]
+    samples = {i: [{"text": "#### 1", "correct": False}, {"text": "#### 2", "correct": True}] for i in "ab"}
+    ids = {tokenizer(f"{art.DECISION} {word}")["input_ids"][-1] for word in ("Yes", "No")}
+    examples, share = train_asker.ask_examples(records, samples, tokenizer, ids)
+    assert share == 0.5 and len(examples) == 4
+    for example in examples:
+        assert tokenizer.decode([example["target"][example["decision"]]]).strip() in ("Yes", "No")
+        assert example["target"][-1] == tokenizer.eos_token_id
+    collate = train_asker.make_collate(tokenizer.pad_token_id)
+    with torch.no_grad():
+        fast = train_asker.asker_loss(lm.model, collate(examples)).item()
+        tokens, decisions = [], []
+        for example in examples:
+            row = torch.tensor([example["prompt"] + example["target"]])
+            losses = torch.nn.functional.cross_entropy(lm.model(input_ids=row).logits[0, :-1], row[0, 1:], reduction="none")
+            losses = losses[-len(example["target"]):]
+            decisions.append(losses[example["decision"]] * example["weight"])
+            tokens += [loss for place, loss in enumerate(losses) if place != example["decision"]]
+    assert fast == pytest.approx((sum(tokens) / len(tokens) + sum(decisions) / len(decisions)).item(), abs=1e-4)
+
+
+def test_toy_solutions_and_disjointness():
+    taken = set()
+    splits = [prepare.make_split(name, 300, 5, taken) for name in ("train", "dev", "test")]
+    questions = [record["question"] for split in splits for record in split]
+    assert len(set(questions)) == 900
+    for record in splits[0]:
+        for _, step in record["solution"]:
+            a, sign, b, result = step.split("= ")[0].split()[-3:] + [step.split("= ")[1].split()[0]]
+            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign] == int(result)
+        assert record["solution"][-1][1].split("= ")[1].split()[0] == record["answer"]
+    rng = random.Random(0)
+    pretraining = {pretrain.document(rng).split("\n")[0].removeprefix("Question: ") for _ in range(3000)}
+    assert not pretraining & set(questions) and not any(map(prepare.for_pretraining, questions))
+
+
+def test_bundled_model_is_small_and_safe():
+    base = art.ROOT / "data/toy/base"
+    assert sum(file.stat().st_size for file in base.glob("*") if not file.name.startswith("checkpoint")) < 10e6
+    assert (base / "model.safetensors").exists() and not list(base.glob("*.bin"))
