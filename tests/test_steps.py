@@ -96,6 +96,8 @@ def prompts_of(lm, n=12, shots=2):
                for i, (a, b, c) in enumerate(zip(words, words[3:] + words, words[5:] + words))]
     shown = [("Question: Kim sold 9 hats. Leo sold 4 more hats than Kim. How many hats did Leo sell?\nAnswer:\n",
               "Leo sold 9 + 4 = 13 hats.\n#### 13")] * shots
+    if not shots:  # a revised answer is the end of a text: the model closes it itself
+        return [lm.render(art.refine_prompt(record, "#### 9")) for record in records[:n]]
     return [lm.render(art.predict_prompt(record), shown) for record in records[:n]]
 
 
