@@ -9,17 +9,21 @@ Source: Shridhar et al., "The ART of LLM Refinement: Ask, Refine, and Trust", ar
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import gc
 import hashlib
+import http.client
 import json
 import logging
 import math
 import os
+import random
 import re
 import subprocess
 import sys
+import urllib.request
 import warnings
 from fractions import Fraction
 from importlib.metadata import version
@@ -88,6 +92,64 @@ def load_exemplars(task, shots, data=ROOT / "data"):
     if len(exemplars) < shots:
         raise UserError(f"{path} has {len(exemplars)} exemplars: --shots is at most that")
     return exemplars[:shots]
+
+
+def fetch(name, url, sha256, raw, files=None, hint=""):
+    """Path of one raw data file: the user's copy in `files`, or the one in `raw`, downloaded there if need be; verified."""
+    path = source = Path(files or raw) / name
+    if not path.is_file():
+        if files:
+            raise UserError(f"no file {path}; put it there, or leave out --files to download it{hint}")
+        source = path.with_name(name + ".part")  # it gets its own name when verified, so a broken download is never read
+        source.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with urllib.request.urlopen(url + name, timeout=60) as response, open(source, "wb") as file:
+                size = int(response.headers.get("Content-Length") or 0) or None
+                with tqdm(total=size, desc=name, unit="B", unit_scale=True) as bar:
+                    while chunk := response.read(1 << 16):
+                        bar.update(file.write(chunk))
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"cannot download {url}{name} ({error}); try again, or give a copy with --files DIR") from error
+    if hashlib.sha256(source.read_bytes()).hexdigest() != sha256:
+        mend = f"replace it by {url}{name}" if files else "delete it and run again, or give a sound copy with --files DIR"
+        raise UserError(f"{source}: wrong checksum; {mend}")
+    if source != path:
+        source.replace(path)
+    return path
+
+
+def write_splits(folder, task, train, test, dev_size, seed=0):
+    """Carve dev from train, drop from train what stands in test, write the three splits and print their counts."""
+    seen = {normalise(record["question"]) for record in test}
+    kept = [record for record in train if normalise(record["question"]) not in seen]
+    pairs = near_duplicates(kept, test)
+    print(f"{len(train) - len(kept)} dropped from train, being in test; {len(pairs)} near duplicates stay:", *pairs[:5])
+    chosen = set(random.Random(seed).sample(range(len(kept)), dev_size))
+    splits = {"train": [record for index, record in enumerate(kept) if index not in chosen],
+              "dev": [{**kept[index], "id": kept[index]["id"].replace("-train-", "-dev-")} for index in sorted(chosen)],
+              "test": test}
+    assert not seen & {normalise(record["question"]) for name in ("train", "dev") for record in splits[name]}
+    for split, records in splits.items():
+        write_jsonl(Path(folder) / task / f"{split}.jsonl", records)
+        print(f"{Path(folder) / task / split}.jsonl: {len(records):,} questions")
+    print(json.dumps(splits["train"][0], ensure_ascii=False))
+
+
+def near_duplicates(records, others):
+    """Pairs of ids whose questions share at least half of their runs of four words, all numbers alike."""
+    def shingles(record):
+        words = re.sub(r"\d+", "0", normalise(record["question"])).split()
+        return {tuple(words[start : start + 4]) for start in range(len(words) - 3)}
+
+    sets, where, pairs = [shingles(other) for other in others], {}, []
+    for index, found in enumerate(sets):
+        for shingle in found:
+            where.setdefault(shingle, []).append(index)
+    for record in records:
+        mine = shingles(record)
+        common = collections.Counter(index for shingle in mine for index in where.get(shingle, ()))
+        pairs += [(record["id"], others[index]["id"]) for index, n in common.items() if 2 * n >= len(mine | sets[index])]
+    return pairs
 
 
 def normalise(text):
@@ -262,7 +324,7 @@ def solution_text(solution, answer, strategy="cot"):
     >>> solution_text([["How many are left?", "5 - 2 = 3 are left."]], "3", "decomp")
     'How many are left? 5 - 2 = 3 are left.\n#### 3'
     """
-    lines = [step if strategy == "cot" else f"{subquestion} {step}" for subquestion, step in solution]
+    lines = [step if strategy == "cot" else f"{subquestion} {step}".rstrip() for subquestion, step in solution]
     return "\n".join([*lines, f"#### {answer}"])
 
 

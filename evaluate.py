@@ -280,10 +280,36 @@ def flips(task, records, take):
     return "".join(f"==== {name}: {len(items)}\n\n" + "".join(item + "\n\n" for item in items) for name, items in parts.items())
 
 
+def summary(folder, names):
+    """Several runs side by side as a Markdown table: mean accuracy, its range, and each run's difference and p."""
+    runs = []
+    for name in names:
+        path = folder / name / "results.json"
+        if not path.is_file():
+            raise art.UserError(f"{path} is missing: make it with: python evaluate.py --run {name}")
+        runs.append(json.loads(path.read_text()))
+    art.require_same(*({key: run[key] for key in ("task", "n", "data_sha256")} for run in (runs[0], runs[-1])), folder,
+                     "give runs on the same questions")
+    lines = ["| row | mean accuracy | lowest to highest | vs initial (p of each run) | vs self_refine (p of each run) |",
+             "| --- | --- | --- | --- | --- |"]
+    for rows in zip(*(run["rows"] for run in runs)):
+        accuracy = [row["accuracy"] for row in rows]
+        versus = [f"{np.mean([row[key]['delta'] for row in rows]):+.1%} ({', '.join(format(row[key]['p'], '.2g') for row in rows)})"
+                  if rows[0][key] else "-" for key in ("vs_initial", "vs_self_refine")]
+        lines.append(f"| {rows[0]['row']} | {np.mean(accuracy):.1%} | {min(accuracy):.1%} to {max(accuracy):.1%} | {' | '.join(versus)} |")
+    areas = {gate: ", ".join(f"{run['decision'][gate]['auc']:.3f}" for run in runs) for gate in ("asker", "self")}
+    return "\n".join([*lines, "", f"{len(runs)} runs ({', '.join(names)}), the same {runs[0]['n']} questions in each. Decision to refine, AUC "
+                      f"of each run: asker {areas['asker']}; self {areas['self']}."])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, parents=[art.make_parser(llm=True)],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--summary", nargs="+", metavar="RUN", help="only print these finished runs side by side, such as several seeds")
     args, began = art.parse(parser, "evaluate"), time.time()
+    if args.summary:
+        print(summary(args.runs / args.task, args.summary))
+        return
     folder = args.runs / args.task / args.run
     dev, test = (art.load_task(args.task, split, args.limit, args.data) for split in ("dev", "test"))
     with art.lock(folder):

@@ -92,7 +92,7 @@ def test_a_test_question_is_dropped_from_train(prepare, files, tmp_path, monkeyp
 def test_near_duplicates(prepare):
     story = "{} has {} red marbles in a bag and gives half of them away. How many marbles are left in the bag?"
     left = [{"id": "a", "question": story.format("Ann", 12)}, {"id": "b", "question": "How far is the next town?"}]
-    assert prepare.near_duplicates(left, [{"id": "c", "question": story.format("Bob", "1,400")}]) == [("a", "c")]
+    assert art.near_duplicates(left, [{"id": "c", "question": story.format("Bob", "1,400")}]) == [("a", "c")]
 
 
 def test_offline_split_is_a_task_of_its_own(prepare, files, tmp_path):
@@ -136,7 +136,7 @@ def test_download(prepare, files, tmp_path, monkeypatch):
     assert splits(tmp_path / "a" / "gsm8k") == splits(tmp_path / "b" / "gsm8k")
     raw = tmp_path / "a" / "gsm8k" / "raw"
     assert sorted(path.name for path in raw.iterdir()) == sorted(prepare.SHA256)
-    monkeypatch.setattr(prepare, "download", None)  # what is there is not fetched again
+    monkeypatch.setattr(art.urllib.request, "urlopen", None)  # what is there is not fetched again
     prepare.main(["--out", str(tmp_path / "a")])
     (raw / "test.jsonl").write_text("cut")
     with pytest.raises(art.UserError, match="test.jsonl: wrong checksum; delete it"):

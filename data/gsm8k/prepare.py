@@ -14,17 +14,9 @@ dev, the rest test. Its folder and its ids say so; its figures are not GSM8K's. 
 """
 
 import argparse
-import hashlib
-import http.client
-import json
-import random
 import re
 import sys
-import urllib.request
-from collections import Counter
 from pathlib import Path
-
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import art
@@ -37,37 +29,7 @@ SHA256 = {
     "train_socratic.jsonl": "153d86551187cfd64ef7afb59bfd0ef75cea3ae9388e7ad31e43920b6dd77872",
     "test_socratic.jsonl": "c96673362fa7a699f4836a9b6474a067448f95fe58064727501ee63ba4c3fdb6",
 }
-DEV, SEED = 500, 0  # fixed, not flags: everybody's dev is the same
-
-
-def download(name, part):
-    """Fetch one raw file to `part`; it takes its own name only when verified, so a broken download is never read."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urllib.request.urlopen(URL + name, timeout=60) as response, open(part, "wb") as file:
-            size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, desc=name, unit="B", unit_scale=True) as bar:
-                while chunk := response.read(1 << 16):
-                    bar.update(file.write(chunk))
-    except (OSError, http.client.HTTPException) as error:
-        raise art.UserError(f"cannot download {URL}{name} ({error}); try again, or give a copy with --files DIR") from error
-
-
-def read_raw(name, raw, files):
-    """The lines of one raw file: the user's copy in `files`, or else the one in `raw`, downloaded if it is not there."""
-    path = source = (files or raw) / name
-    if not path.is_file():
-        if files:
-            hint = "; --offline-split N does without it" if name == "train_socratic.jsonl" else ""
-            raise art.UserError(f"no file {path}; put it there, or leave out --files to download it{hint}")
-        source = path.with_name(name + ".part")
-        download(name, source)
-    if hashlib.sha256(source.read_bytes()).hexdigest() != SHA256[name]:
-        mend = f"replace it by {URL}{name}" if files else "delete it and run again, or give a sound copy with --files DIR"
-        raise art.UserError(f"{source}: wrong checksum; {mend}")
-    if source != path:
-        source.replace(path)
-    return art.read_jsonl(path)
+DEV = 500  # fixed, not a flag: everybody's dev is the same
 
 
 def convert(raw):
@@ -85,7 +47,9 @@ def convert(raw):
 
 def load(split, task, raw, files):
     """The converted records of one raw split, checked against the plain file of the same questions."""
-    socratic, plain = read_raw(f"{split}_socratic.jsonl", raw, files), read_raw(f"{split}.jsonl", raw, files)
+    hint = "; --offline-split N does without it" if split == "train" else ""
+    socratic, plain = (art.read_jsonl(art.fetch(name, URL, SHA256[name], raw, files, hint))
+                       for name in (f"{split}_socratic.jsonl", f"{split}.jsonl"))
     records = [{"id": f"{task}-{split}-{line}", **convert(item)} for line, item in enumerate(socratic)]
     differ = sum(any(record[key] != convert(item)[key] for key in ("question", "answer"))
                  for record, item in zip(records, plain, strict=True))
@@ -93,25 +57,6 @@ def load(split, task, raw, files):
     print(f"{split}: {len(records):,} questions; {differ} differ from {split}.jsonl; "
           f"{unasked} begin with a step that has no sub-question (left out)")
     return records
-
-
-def shingles(question):
-    """Runs of four words, every number alike."""
-    words = re.sub(r"\d+", "0", art.normalise(question)).split()
-    return {tuple(words[start:start + 4]) for start in range(len(words) - 3)}
-
-
-def near_duplicates(records, others):
-    """Pairs of ids whose questions share at least half of their shingles: the same story with other numbers or names."""
-    sets, where, pairs = [shingles(other["question"]) for other in others], {}, []
-    for index, found in enumerate(sets):
-        for shingle in found:
-            where.setdefault(shingle, []).append(index)
-    for record in records:
-        mine = shingles(record["question"])
-        common = Counter(index for shingle in mine for index in where.get(shingle, ()))
-        pairs += [(record["id"], others[index]["id"]) for index, n in common.items() if 2 * n >= len(mine | sets[index])]
-    return pairs
 
 
 def main(argv=None):
@@ -136,19 +81,7 @@ def main(argv=None):
         train, test, size = test[:args.offline_split], test[args.offline_split:], args.offline_split // 5
         train = [{**record, "id": record["id"].replace("-test-", "-train-")} for record in train]
 
-    seen = {art.normalise(record["question"]) for record in test}
-    kept = [record for record in train if art.normalise(record["question"]) not in seen]
-    pairs = near_duplicates(kept, test)
-    print(f"{len(train) - len(kept)} dropped from train, being in test; {len(pairs)} near duplicates stay:", *pairs[:5])
-    chosen = set(random.Random(SEED).sample(range(len(kept)), size))
-    splits = {"train": [record for index, record in enumerate(kept) if index not in chosen],
-              "dev": [{**kept[index], "id": kept[index]["id"].replace("-train-", "-dev-")} for index in sorted(chosen)],
-              "test": test}
-    assert not seen & {art.normalise(record["question"]) for name in ("train", "dev") for record in splits[name]}
-    for split, records in splits.items():
-        art.write_jsonl(args.out / task / f"{split}.jsonl", records)
-        print(f"{args.out / task / split}.jsonl: {len(records):,} questions")
-    print(json.dumps(splits["train"][0], ensure_ascii=False))
+    art.write_splits(args.out, task, train, test, size)
 
 
 if __name__ == "__main__":
