@@ -14,8 +14,17 @@ demo: .venv/installed
 	$(BIN)/python train_truster.py
 	$(BIN)/python evaluate.py
 
+seeds: .venv/installed
+	$(BIN)/python data/toy/prepare.py
+	$(BIN)/python art.py sample
+	for seed in 0 1 2; do \
+	  $(BIN)/python train_asker.py --run seed$$seed --seed $$seed && $(BIN)/python train_truster.py --run seed$$seed --seed $$seed && \
+	  $(BIN)/python evaluate.py --run seed$$seed --seed $$seed || exit 1; \
+	done
+	$(BIN)/python evaluate.py --summary seed0 seed1 seed2
+
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-.PHONY: demo test
+.PHONY: demo seeds test

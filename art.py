@@ -68,7 +68,8 @@ def run(main):
 TASKS = {  # answer: how it is read; prepare: the command that makes the data; exemplars: whose exemplars.jsonl is used
     "toy": {"answer": "number", "prepare": "data/toy/prepare.py", "exemplars": "toy"},
     "gsm8k": {"answer": "number", "prepare": "data/gsm8k/prepare.py", "exemplars": "gsm8k"},
-    "gsm8k-offline": {"answer": "number", "prepare": "data/gsm8k/prepare.py --offline-split 1000", "exemplars": "gsm8k"},
+    "gsm8k-offline": {"answer": "number", "prepare": "data/gsm8k/prepare.py --offline-split 1000",
+                      "exemplars": "gsm8k"},
     "strategyqa": {"answer": "yes/no", "prepare": "data/strategyqa/prepare.py", "exemplars": "strategyqa"},
 }
 
@@ -95,12 +96,12 @@ def load_exemplars(task, shots, data=ROOT / "data"):
 
 
 def fetch(name, url, sha256, raw, files=None, hint=""):
-    """Path of one raw data file: the user's copy in `files`, or the one in `raw`, downloaded there if need be; verified."""
+    """Path of one raw data file, verified: the user's copy in `files`, or the one in `raw`, downloaded if need be."""
     path = source = Path(files or raw) / name
     if not path.is_file():
         if files:
             raise UserError(f"no file {path}; put it there, or leave out --files to download it{hint}")
-        source = path.with_name(name + ".part")  # it gets its own name when verified, so a broken download is never read
+        source = path.with_name(name + ".part")  # its own name comes when verified: a broken download is never read
         source.parent.mkdir(parents=True, exist_ok=True)
         try:
             with urllib.request.urlopen(url + name, timeout=60) as response, open(source, "wb") as file:
@@ -109,9 +110,9 @@ def fetch(name, url, sha256, raw, files=None, hint=""):
                     while chunk := response.read(1 << 16):
                         bar.update(file.write(chunk))
         except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"cannot download {url}{name} ({error}); try again, or give a copy with --files DIR") from error
+            raise UserError(f"cannot download {url}{name} ({error}); try again, or give --files DIR") from error
     if hashlib.sha256(source.read_bytes()).hexdigest() != sha256:
-        mend = f"replace it by {url}{name}" if files else "delete it and run again, or give a sound copy with --files DIR"
+        mend = f"replace it by {url}{name}" if files else "delete it and run again, or give a copy with --files DIR"
         raise UserError(f"{source}: wrong checksum; {mend}")
     if source != path:
         source.replace(path)
@@ -148,7 +149,7 @@ def near_duplicates(records, others):
     for record in records:
         mine = shingles(record)
         common = collections.Counter(index for shingle in mine for index in where.get(shingle, ()))
-        pairs += [(record["id"], others[index]["id"]) for index, n in common.items() if 2 * n >= len(mine | sets[index])]
+        pairs += [(record["id"], others[i]["id"]) for i, n in common.items() if 2 * n >= len(mine | sets[i])]
     return pairs
 
 
@@ -162,7 +163,7 @@ def normalise(text):
 
 
 def read_jsonl(path, mend="", journal=False):
-    """The records of a JSONL file. `journal`: a half-written last line (a killed run) is cut off the file, with a warning."""
+    """The records of a JSONL file. `journal`: a half-written last line (of a killed run) is cut off, with a warning."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing; {mend}")
@@ -205,7 +206,7 @@ def write_jsonl(path, records):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Answers: read from what a model wrote, and compared as numbers or as yes/no. What cannot be read is None, always wrong.
+# Answers: read from what a model wrote, compared as numbers or as yes/no. What cannot be read is None, always wrong.
 
 # What may stand before an answer: blanks, ** $ - " ( and LaTeX such as \boxed{\text{. The bounds keep it fast on junk.
 _SKIP = r"(?!#)(?=[^\w\n#]{0,10}\w)[^\w\n#]{0,10}(?:\\[a-zA-Z]{1,9}[^\w\n#]{1,5}){0,2}"
@@ -216,7 +217,7 @@ _WINDOW = 5000  # an answer line is read so far, and the fallbacks read so many 
 # The explicit answer line, `#### 18` or `#### yes`; not a heading as `#### Step 1: ...` or `#### 1. Find ...`.
 ANSWER_LINE = {"number": "####" + _SKIP + r"(?![0-9][.):][ *]{1,3}[A-Za-z])[0-9]", "yes/no": "####" + _SKIP + _YES_NO}
 
-_SIGN = r"((?:(?<![\w)\]}%$€£-])(?<![0-9)] )-)?(?:[$€£] ?-?)?)"  # - -$ $- $; but in 10-20, step-3, 16 -3 the - is no sign
+_SIGN = r"((?:(?<![\w)\]}%$€£-])(?<![0-9)] )-)?(?:[$€£] ?-?)?)"  # - -$ $- $; not the - of 10-20, step-3, 16 -3
 _DIGITS = r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"  # 1,000.50 or 12 or .5
 _NUMBER = re.compile(  # not an exponent (m^2, m^{2}); sign; the 3 of 3 1/2; number; denominator
     r"(?<![0-9^])(?<!\^\{)" + _SIGN + r"(?:([0-9]+) (?=[0-9]+ ?/ ?[0-9]))?" + _DIGITS + "(?: ?/ ?" + _DIGITS + ")?"
@@ -258,12 +259,12 @@ def _number(text, last=False):
 
 
 def extract_answer(task, text):
-    r"""The answer in a model's text as a canonical string, else None. The first `####` line wins: the rest is past the stop.
+    r"""The answer in a model's text, in canonical form, or None. The first `####` line wins: the rest is past the stop.
 
-    Failing that, for a number: the last \boxed{}, the last "the answer is", the last number of all; for yes/no: the last
-    "the answer is", or a text that opens with the bare word. Never a guess: "No one knows" and "I do not know" are None.
+    Failing that, for a number: the last \boxed{}, the last "the answer is", the last number; for yes/no: the last "the
+    answer is", or a text that opens with the bare word. Never a guess: "No one knows" and "I do not know" are None.
 
-    >>> extract_answer("gsm8k", "9 * 2 = 18\n#### **$1,018.00**\n\nQuestion: 3"), extract_answer("gsm8k", "It is 9 - 2 = 7.")
+    >>> extract_answer("gsm8k", "9 * 2 = 18\n#### **$1,018.00**\n\nQuestion: 3"), extract_answer("gsm8k", "9 - 2 = 7.")
     ('1018', '7')
     >>> extract_answer("strategyqa", "So the answer is **No**."), extract_answer("strategyqa", "No one knows.")
     ('no', None)
@@ -314,7 +315,7 @@ def question_block(record, facts=False):
 
 
 def predict_prompt(record, strategy="cot", facts=False):
-    """Step 1: chain of thought, or `decomp`, where each line asks a sub-question and answers it (paper, section 3.1)."""
+    """Step 1: chain of thought, or `decomp`: each line asks a sub-question and answers it (paper, section 3.1)."""
     return question_block(record, facts) + ("Answer:\n" if strategy == "cot" else "Answer by sub-questions:\n")
 
 
@@ -381,8 +382,8 @@ def loading(name):
         yield
     except (GatedRepoError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"cannot load the model {name!r}: {reason} (a folder or an ungated Hub id with safetensors weights "
-                        "is needed)") from None
+        raise UserError(f"cannot load the model {name!r}: {reason} (a folder or an ungated Hub id with safetensors "
+                        "weights is needed)") from None
 
 
 def model_revision(name):
@@ -405,7 +406,7 @@ def load_tokenizer(name):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     probe = "Ann has 12 pens.\n#### 12"
     if tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"]).strip() != probe:
-        raise UserError(f"the tokenizer of {name!r} loses characters with this version of transformers; use another model")
+        raise UserError(f"the tokenizer of {name!r} loses characters with this transformers version; use another model")
     return tokenizer
 
 
@@ -509,23 +510,24 @@ class LM:
 
         Args:
             prompts: lists of token ids (see `render`). What all share (few-shot exemplars) is computed once.
-            stop: compiled pattern; a text ends behind its first match. `options`: (token ids, whether at once): read the
-                log-odds of the first against the second id behind that match, or right behind the prompt.
+            stop: compiled pattern; a text ends behind its first match. `options`: (token ids, whether at once): read
+                the log-odds of the first against the second id behind that match, or right behind the prompt.
             temperature: 0 is greedy. `k` samples share one pass over the prompt.
-            done: indices that need not be made. Batches follow from `prompts` alone, so a resumed run makes the same ones.
+            done: indices that need not be made. Batches follow from `prompts` alone: a resumed run makes the same ones.
 
-        A generation is {"text", "stopped", "tokens", "prompt_tokens", "logprob"} and, with `options`, "logit" (None where
-        the stop never came). "logprob" is the natural logarithm of the whole continuation's probability.
+        A generation is {"text", "stopped", "tokens", "prompt_tokens", "logprob"} and, with `options`, "logit" (None
+        where the stop never came). "logprob" is the natural logarithm of the whole continuation's probability.
         """
         limit = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
         for ids in prompts:
             if len(ids) + max_new_tokens > limit:
-                raise UserError(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones are more than the {limit} that "
-                                f"{self.name!r} can read: shorten the question, or lower --shots or --max-new-tokens")
+                raise UserError(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the {limit} that "
+                                f"{self.name!r} reads: shorten the question, or lower --shots or --max-new-tokens")
         prefix = os.path.commonprefix(prompts)[: min(map(len, prompts), default=1) - 1]
         if len(prefix) < 32 or len(prompts) == 1:
             prefix = []
-        for number, batch in enumerate(plan_batches([(len(ids) + max_new_tokens) * k for ids in prompts], self.batch_tokens)):
+        lengths = [(len(ids) + max_new_tokens) * k for ids in prompts]
+        for number, batch in enumerate(plan_batches(lengths, self.batch_tokens)):
             if not all(index in done for index in batch):
                 torch.manual_seed(seed * 1_000_003 + number)
                 yield self._generate_or_halve(batch, prompts, prefix, max_new_tokens, stop, k, temperature, options)
@@ -535,11 +537,12 @@ class LM:
             return list(zip(batch, self._generate([prompts[index] for index in batch], *settings)))
         except torch.OutOfMemoryError:
             if len(batch) == 1:
-                raise UserError("out of memory with a single question: use a smaller model, --bits 4 or --shots 0") from None
+                raise UserError("out of memory with one question: use a smaller model, --bits 4 or --shots 0") from None
         torch.cuda.empty_cache()
         half = len(batch) // 2
         print(f"out of memory: a batch of {len(batch)} is halved", file=sys.stderr)
-        return [pair for part in (batch[:half], batch[half:]) for pair in self._generate_or_halve(part, prompts, *settings)]
+        return [pair for part in (batch[:half], batch[half:])
+                for pair in self._generate_or_halve(part, prompts, *settings)]
 
     def _prefix_cache(self, prefix, rows):
         """Keys and values of the prefix, computed once and copied for each row."""
@@ -558,15 +561,15 @@ class LM:
         cache = self._prefix_cache(prefix, len(prompts)) if prefix else None
         mask = torch.cat([mask.new_ones(len(prompts), len(prefix)), mask], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, len(prefix):]
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                         logits_to_keep=1)
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                         use_cache=True, logits_to_keep=1)
         cache, logits = out.past_key_values, out.logits[:, -1].float().repeat_interleave(k, 0)
         if k > 1:
             cache.batch_repeat_interleave(k)
         mask, positions = mask.repeat_interleave(k, 0), positions[:, -1:].repeat_interleave(k, 0)
         made = [{"text": "", "stopped": False, "tokens": 0, "prompt_tokens": len(prompts[i // k]), "logprob": 0.0}
                 for i in range(count)]
-        written, alive = [[] for _ in range(count)], list(range(count))  # alive: which generation each row of the batch is
+        written, alive = [[] for _ in range(count)], list(range(count))  # alive: which generation each batch row is
         deciding = [options is not None and options[1]] * count  # rows whose next token is the decision
         for step in range(max_new_tokens + 1):
             if options is not None:
@@ -574,7 +577,8 @@ class LM:
                     if deciding[index]:
                         made[index]["logit"] = (logits[row, options[0][0]] - logits[row, options[0][1]]).item()
             logprobs = logits.log_softmax(-1)
-            tokens = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+            tokens = (logits.argmax(-1) if temperature == 0 else
+                      torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0])
             chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
             may_stop = self._may_stop[tokens.cpu().clamp(max=len(self._may_stop) - 1)]
             stay = []
@@ -605,8 +609,9 @@ class LM:
                 alive = [alive[row] for row in stay]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
             positions = positions + 1
-            logits = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                use_cache=True, logits_to_keep=1).logits[:, -1].float()
+            out = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions,
+                             past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits = out.logits[:, -1].float()
         for index, text in enumerate(written):
             text = text if isinstance(text, str) else self.tokenizer.decode(text, skip_special_tokens=True)
             made[index]["text"] = text.strip()
@@ -620,11 +625,12 @@ class LM:
 
 INSTRUCTIONS = {  # for chat models, in front of the first turn
     "cot": "Answer the question. Reason step by step, one step a line. The last line is #### and the answer.",
-    "decomp": "Answer the question. On each line ask one sub-question and answer it. The last line is #### and the answer.",
-    "ask": "Write the sub-questions that an answer to the question has to settle, one a line. Then decide whether the given "
-           "answer has to be refined: the last line is 'Refine: Yes' or 'Refine: No'.",
-    "refine": "Check the given answer and write a revised answer. Reason step by step, one step a line. The last line is "
-              "#### and the answer.",
+    "decomp": "Answer the question. On each line ask one sub-question and answer it. "
+              "The last line is #### and the answer.",
+    "ask": "Write the sub-questions that an answer to the question has to settle, one a line. Then decide whether the "
+           "given answer has to be refined: the last line is 'Refine: Yes' or 'Refine: No'.",
+    "refine": "Check the given answer and write a revised answer. Reason step by step, one step a line. "
+              "The last line is #### and the answer.",
 }
 
 
@@ -638,13 +644,16 @@ def solutions(lm, task, step, prompts, exemplars, **how):
     """Continue prompts to solutions; yields batches of (index, [candidate, ...]). `how` goes to `LM.generate`."""
     prompts = [lm.render(prompt, exemplars, INSTRUCTIONS[step]) for prompt in prompts]
     for batch in lm.generate(prompts, stop=answer_stop(task, lm.chat), **how):
-        yield [(index, [{**made, "answer": extract_answer(task, made["text"])} for made in several]) for index, several in batch]
+        yield [(index, [{**made, "answer": extract_answer(task, made["text"])} for made in several])
+               for index, several in batch]
 
 
 def predict(lm, task, records, exemplars=(), strategy="cot", facts=False, **how):
     """Step 1: an answer to each question, or k of them (paper, section 3.1)."""
-    shown = [(predict_prompt(e, strategy, facts), solution_text(e["solution"], e["answer"], strategy)) for e in exemplars]
-    yield from solutions(lm, task, strategy, [predict_prompt(record, strategy, facts) for record in records], shown, **how)
+    shown = [(predict_prompt(e, strategy, facts), solution_text(e["solution"], e["answer"], strategy))
+             for e in exemplars]
+    prompts = [predict_prompt(record, strategy, facts) for record in records]
+    yield from solutions(lm, task, strategy, prompts, shown, **how)
 
 
 def subquestions_of(record):
@@ -665,27 +674,29 @@ def parse_subquestions(text):
 def ask(lm, task, records, drafts, exemplars=(), shift=0.0, **how):
     """Step 2: sub-questions and the probability that the draft has to be refined, in one pass (paper, section 3.2).
 
-    The probability is read from the logits of Yes against No behind "Refine:"; `shift` puts the prior back that balanced
-    training took out. The same function serves the trained Asker (`with lm.use("asker")`) and the LLM asking itself.
+    The probability is read from the logits of Yes against No behind "Refine:"; `shift` puts the prior back that
+    balanced training took out. The trained Asker (`with lm.use("asker")`) and the LLM asking itself both come here.
     """
     shown = [(ask_prompt(e, e["draft"]),
               ask_target(subquestions_of(e), not is_correct(task, e["draft"], e["answer"]))) for e in exemplars]
-    prompts = [lm.render(ask_prompt(record, draft), shown, INSTRUCTIONS["ask"]) for record, draft in zip(records, drafts)]
+    prompts = [lm.render(ask_prompt(record, draft), shown, INSTRUCTIONS["ask"])
+               for record, draft in zip(records, drafts)]
     options = lm.option_ids(DECISION, [" Yes", " No"])
     for batch in lm.generate(prompts, stop=re.compile(DECISION), options=(options, False), **how):
         rows = {index: {**made, "subquestions": parse_subquestions(made["text"])} for index, (made,) in batch}
-        undecided = [index for index, row in rows.items() if row["logit"] is None]  # it never came to that: put it to the model
+        undecided = [index for index, row in rows.items() if row["logit"] is None]  # the model is asked outright
         ends = ["\n".join([*rows[index]["subquestions"], DECISION]) for index in undecided]
-        ends = [prompts[i] + lm.tokenizer(end, add_special_tokens=False)["input_ids"] for i, end in zip(undecided, ends)]
+        ends = [prompts[index] + lm.tokenizer(end, add_special_tokens=False)["input_ids"]
+                for index, end in zip(undecided, ends)]
         for again in lm.generate(ends, max_new_tokens=1, options=(options, True)):
             for position, (made,) in again:
                 rows[undecided[position]]["logit"] = made["logit"]
-        yield [(index, [{"subquestions": row["subquestions"], "p_refine": (1 + math.tanh((row["logit"] + shift) / 2)) / 2,
-                         **{key: row[key] for key in ("stopped", "tokens", "prompt_tokens")}}]) for index, row in rows.items()]
+        yield [(i, [{"subquestions": row["subquestions"], "p_refine": (1 + math.tanh((row["logit"] + shift) / 2)) / 2,
+                     **{key: row[key] for key in ("stopped", "tokens", "prompt_tokens")}}]) for i, row in rows.items()]
 
 
 def refine(lm, task, records, drafts, subquestions=None, exemplars=(), facts=False, **how):
-    """Step 3: a revised answer from question, draft and sub-questions (paper, section 3.3); None: without sub-questions."""
+    """Step 3: a revised answer from question, draft and sub-questions (None: without; paper, section 3.3)."""
     with_questions = subquestions is not None
     shown = [(refine_prompt(e, e["draft"], subquestions_of(e) if with_questions else None, facts),
               solution_text(e["solution"], e["answer"])) for e in exemplars]
@@ -708,35 +719,26 @@ class Truster:
     @torch.inference_mode()
     def score(self, records, texts, done=()):
         """`texts[i]` is {name: text} for record i; yields batches of (i, [{name: score, ..., "prompt_tokens": n}])."""
-        pairs = [(index, name) for index, several in enumerate(texts) for name in several]
-        prompts = self.tokenizer([trust_prompt(records[i], texts[i][name]) for i, name in pairs])["input_ids"] if pairs else []
-        groups = {}
-        for (index, name), ids in zip(pairs, prompts):
-            groups.setdefault(index, {})[name] = ids
-        order = list(groups)
-        sizes = [len(groups[i]) * max(map(len, groups[i].values())) for i in order]
-        for batch in plan_batches(sizes, self.batch_tokens):
-            if all(order[b] in done for b in batch):
-                continue
-            rows = [(order[b], name, ids) for b in batch for name, ids in groups[order[b]].items()]
-            padded = left_pad([ids for _, _, ids in rows], self.tokenizer.pad_token_id, self.model.device)
-            scores = score_batch(self.model, *padded).tolist()
-            found = {order[b]: {"prompt_tokens": 0} for b in batch}
-            for (index, name, ids), score in zip(rows, scores):
-                found[index][name] = score
-                found[index]["prompt_tokens"] += len(ids)
-            yield [(index, [scored]) for index, scored in found.items()]
+        rows = [self.tokenizer([trust_prompt(record, text) for text in several.values()])["input_ids"]
+                for record, several in zip(records, texts)]
+        for batch in plan_batches([len(several) * max(map(len, several)) for several in rows], self.batch_tokens):
+            if not all(index in done for index in batch):
+                flat = [row for i in batch for row in rows[i]]
+                ids, mask = left_pad(flat, self.tokenizer.pad_token_id, self.model.device)
+                scores = iter(score_batch(self.model, ids, mask).tolist())
+                yield [(i, [{**{name: next(scores) for name in texts[i]}, "prompt_tokens": sum(map(len, rows[i]))}])
+                       for i in batch]
 
 
 def score_batch(model, ids, mask):
     """Scores (rows,) of token ids (rows, length) padded on the left; the last token carries the score."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.autocast(ids.device.type, compute_dtype(), enabled=ids.is_cuda):  # the head is fp32, what it reads may not be
+    with torch.autocast(ids.device.type, compute_dtype(), enabled=ids.is_cuda):  # fp32 head, 16-bit input
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 0].float()
 
 
 class Shelf:
-    """LLM, Asker and Truster of a run; one large model is in memory at a time, LLM and Asker being one on the same base."""
+    """LLM, Asker and Truster of a run, one in memory at a time; LLM and Asker on the same base are one model."""
 
     def __init__(self, args):
         self.args, self.folder, self._held = args, args.runs / args.task / args.run, {}
@@ -773,7 +775,7 @@ def lock(folder):
         with filelock.FileLock(folder / ".lock", timeout=0):
             yield
     except filelock.Timeout:
-        raise UserError(f"another process is at work in {folder}: wait for it, or give this run another name with --run") from None
+        raise UserError(f"another process is at work in {folder}: wait for it, or give another --run") from None
 
 
 def parameters(name):
@@ -807,7 +809,7 @@ def require_same(before, now, what, mend):
             raise UserError(f"{what} was made with {key} = {before.get(key)}, now it is {value}: {mend}")
 
 
-LLM_KEYS = ["bits", "strategy", "facts", "shots", "chat", "max_new_tokens"]  # the arguments that an LLM's answers depend on
+LLM_KEYS = ["bits", "strategy", "facts", "shots", "chat", "max_new_tokens"]  # what an LLM's answers depend on
 
 
 def claim(path, made_by):
@@ -816,11 +818,12 @@ def claim(path, made_by):
     if not about.exists():
         write_text(about, json.dumps({**made_by, "provenance": provenance()}, indent=1) + "\n")
         return
-    require_same(json.loads(about.read_text()), made_by, path, f"delete it (and {about.name}) or give another --run or --runs")
+    mend = f"delete it (and {about.name}) or give another --run or --runs"
+    require_same(json.loads(about.read_text()), made_by, path, mend)
 
 
 def stage(path, label, ids, batches, per_id=1):
-    """Rows of a step by id, {id: [row, ...]}; what stands in `path` is not made again, the rest is appended batch by batch.
+    """Rows of a step by id, {id: [row, ...]}; what `path` holds is not made again, the rest is appended by batches.
 
     Args:
         batches: function of `done`, the set of indices into `ids` that are complete; yields [(index, [row, ...]), ...].
@@ -893,11 +896,11 @@ class StopOnNonFinite(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0)):
-                raise UserError(f"{name} is {logs[name]} at step {state.global_step}: lower --lr, or on a card without bf16 use "
-                                "--bits 32; the last checkpoint is kept")
+                raise UserError(f"{name} is {logs[name]} at step {state.global_step}: lower --lr, or on a card without "
+                                "bf16 use --bits 32; the last checkpoint is kept")
 
 
-class ART_Trainer(transformers.Trainer):
+class LossTrainer(transformers.Trainer):
     """The Trainer with a loss function of (model, inputs) that returns a mean over the batch."""
 
     def __init__(self, *args, loss, **kwargs):
@@ -909,16 +912,16 @@ class ART_Trainer(transformers.Trainer):
 
 
 def fine_tune(model, examples, collate, loss, args, folder, epochs):
-    """Train the adapter of `model` on `examples`; goes on from the last checkpoint in folder/checkpoints; returns the log."""
+    """Train the adapter of `model` on `examples`, going on from a checkpoint in folder/checkpoints; returns the log."""
     dtype, cuda = compute_dtype(), torch.cuda.is_available()
     settings = transformers.TrainingArguments(
-        output_dir=str(Path(folder) / "checkpoints"), num_train_epochs=epochs, learning_rate=args.lr, lr_scheduler_type="cosine",
-        warmup_steps=0.05, max_grad_norm=1.0, per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.accumulate, optim="paged_adamw_8bit" if cuda else "adamw_torch", seed=args.seed,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
+        output_dir=str(Path(folder) / "checkpoints"), num_train_epochs=epochs, learning_rate=args.lr,
+        lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=1.0, per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate, optim="paged_adamw_8bit" if cuda else "adamw_torch",
+        seed=args.seed, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
         logging_steps=10, logging_nan_inf_filter=False, save_steps=args.save_steps, save_total_limit=1,
         report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda)
-    trainer = ART_Trainer(model, settings, collate, examples, callbacks=[StopOnNonFinite()], loss=loss)
+    trainer = LossTrainer(model, settings, collate, examples, callbacks=[StopOnNonFinite()], loss=loss)
     trainer.remove_callback(transformers.PrinterCallback)
     started = any((Path(folder) / "checkpoints").glob("checkpoint-*"))
     if started:
@@ -943,12 +946,12 @@ def load_samples(args, records):
 
 
 def drop_long(examples, max_length):
-    """Examples of at most `max_length` tokens; a longer one is left out and counted, since cutting it would cut its answer."""
+    """Examples of at most `max_length` tokens; longer ones are left out and counted: cutting would cut the answer."""
     def length(example):
         return max(map(len, example["rows"])) if "rows" in example else len(example["prompt"]) + len(example["target"])
     kept = [example for example in examples if length(example) <= max_length]
     if len(kept) < len(examples):
-        print(f"{len(examples) - len(kept)} of {len(examples)} examples are longer than --max-length {max_length} and left out")
+        print(f"{len(examples) - len(kept)} of {len(examples)} examples left out: over --max-length {max_length}")
     return kept
 
 
@@ -961,7 +964,7 @@ def read_about(folder, script):
     """args.json of an adapter; refused where base model or prompts are no longer those it was trained with."""
     path = Path(folder) / "args.json"
     if not path.is_file():
-        raise UserError(f"no trained adapter in {folder}: make it with: python {script} (with the same --task, --run and --preset)")
+        raise UserError(f"no trained adapter in {folder}: make it with: python {script} (same --task, --run, --preset)")
     about = json.loads(path.read_text())
     now = {"prompt_version": PROMPT_VERSION, "revision": model_revision(about["model"])}
     require_same(about, now, f"the adapter in {folder}", f"train it again with: python {script} --run ANOTHER")
@@ -969,7 +972,7 @@ def read_about(folder, script):
 
 
 def already_trained(folder, about):
-    """The finished args.json of `folder` if it was made by `about`; None if nothing is there; refused if by something else."""
+    """The finished args.json of `folder` if made by `about`; None if nothing is there; refused if made otherwise."""
     path = Path(folder) / "args.json"
     if not path.is_file():
         claim(Path(folder) / "training", about)
@@ -1012,18 +1015,21 @@ def best_threshold(p, gain):
 
 PRESETS = {  # sizes alone; "all" for every script, the rest for the script of that name
     "toy": {
-        "all": {"model": "data/toy/base", "asker_model": "data/toy/base", "truster_model": "data/toy/base", "k": 4, "shots": 0,
-                "max_new_tokens": 96, "batch_tokens": 40000, "rank": 16, "lr": 2e-3, "max_length": 512, "save_steps": 50},
+        "all": {"model": "data/toy/base", "asker_model": "data/toy/base", "truster_model": "data/toy/base",
+                "k": 4, "shots": 0, "max_new_tokens": 96, "batch_tokens": 40000,
+                "rank": 16, "lr": 2e-3, "max_length": 512, "save_steps": 50},
         "train_asker": {"batch_size": 32, "accumulate": 1, "task_epochs": 2, "epochs": 2},
         "train_truster": {"batch_size": 8, "accumulate": 1, "epochs": 1}},
     "t4": {
-        "all": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B", "truster_model": "Qwen/Qwen2.5-1.5B", "k": 4,
-                "shots": 4, "max_new_tokens": 256, "batch_tokens": 16384, "rank": 16, "lr": 2e-4, "max_length": 512, "save_steps": 100},
+        "all": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",
+                "truster_model": "Qwen/Qwen2.5-1.5B", "k": 4, "shots": 4, "max_new_tokens": 256, "batch_tokens": 16384,
+                "rank": 16, "lr": 2e-4, "max_length": 512, "save_steps": 100},
         "train_asker": {"batch_size": 4, "accumulate": 8, "task_epochs": 2, "epochs": 1},
         "train_truster": {"batch_size": 1, "accumulate": 16, "epochs": 1}},
     "24gb": {
-        "all": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf", "truster_model": "NousResearch/Llama-2-13b-hf",
-                "k": 5, "shots": 8, "max_new_tokens": 256, "batch_tokens": 32768, "rank": 16, "lr": 2e-4, "max_length": 512, "save_steps": 100},
+        "all": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf",
+                "truster_model": "NousResearch/Llama-2-13b-hf", "k": 5, "shots": 8, "max_new_tokens": 256,
+                "batch_tokens": 32768, "rank": 16, "lr": 2e-4, "max_length": 512, "save_steps": 100},
         "train_asker": {"batch_size": 8, "accumulate": 4, "task_epochs": 3, "epochs": 1},
         "train_truster": {"batch_size": 2, "accumulate": 8, "epochs": 1}},
 }
@@ -1034,22 +1040,24 @@ def make_parser(llm=False, training=False):
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     add("--task", default="toy", choices=TASKS, help="what is asked (toy: needs no download)")
-    add("--preset", default="toy", choices=PRESETS, help="sizes: toy for a CPU, t4 for 16 GB, 24gb for 24 GB (toy); flags win over it")
+    add("--preset", default="toy", choices=PRESETS, help="sizes for a CPU, 16 GB or 24 GB (toy); flags win over it")
     add("--seed", type=int, default=0, help="of sampling, weights and data order (0)")
-    add("--run", default="default", help="name of the run: runs/<task>/<run> (default); samples are shared by the runs of a task")
-    add("--runs", type=Path, default=ROOT / "runs", help="folder of all runs (runs in the kit; on Colab a local one, copied to Drive after)")
+    add("--run", default="default", help="folder runs/<task>/<run> (default); samples are shared by the runs of a task")
+    add("--runs", type=Path, default=ROOT / "runs",
+        help="folder of all runs (runs in the kit; on Colab a local one, copied to Drive after)")
     add("--data", type=Path, default=ROOT / "data", help="folder of the tasks (data in the kit)")
     add("--limit", type=int, help="only the first N questions of each split (all)")
-    add("--bits", type=int, default=4, choices=(4, 16, 32), help="of the frozen weights (4: nf4, what a small card needs)")
+    add("--bits", type=int, default=4, choices=(4, 16, 32), help="of the frozen weights (4: nf4, fits small cards)")
     if llm:
         add("--model", help="the LLM: folder or Hub id (preset)")
-        add("--chat", default="auto", choices=("auto", "yes", "no"), help="chat template: auto uses it where the tokenizer has one (auto)")
-        add("--shots", type=int, help="exemplars in front of each question (preset; 0 for the toy model, pretrained on the bare form)")
+        add("--chat", default="auto", choices=("auto", "yes", "no"), help="chat template; auto: if there is one (auto)")
+        add("--shots", type=int, help="exemplars before each question (preset; toy: 0, as it was pretrained without)")
         add("--facts", default="refine", choices=("refine", "both", "none"),
-            help="where StrategyQA's facts are shown: to refine, as in the paper, or to predict too, as a control (refine)")
-        add("--strategy", default="cot", choices=("cot", "decomp"), help="of the first answer: chain of thought, or sub-questions (cot)")
+            help="where StrategyQA's facts stand: to refine, as in the paper, or to predict too, as a control (refine)")
+        add("--strategy", default="cot", choices=("cot", "decomp"),
+            help="of the first answer: chain of thought, or sub-questions (cot)")
         add("--max-new-tokens", type=int, help="of an answer; longer ones are cut off and counted (preset)")
-        add("--batch-tokens", type=int, help="tokens of a batch, padding and new ones included (preset; halved when memory runs out)")
+        add("--batch-tokens", type=int, help="of a batch with padding and new ones (preset; halved if memory runs out)")
     if training:
         add("--lr", type=float, help="peak learning rate (preset; 2e-4 is QLoRA's for 7B and 13B)")
         add("--rank", type=int, help="of the LoRA matrices (preset: 16; alpha is twice that)")
@@ -1070,8 +1078,8 @@ def parse(parser, script, argv=None):
         if getattr(args, key, value) is None:
             setattr(args, key, value)
     if args.preset != "toy" and not torch.cuda.is_available():
-        raise UserError(f"--preset {args.preset} needs a CUDA GPU and none is here: on a CPU use --preset toy, with --model, "
-                        "--asker-model and --truster-model of your own if you like")
+        raise UserError(f"--preset {args.preset} needs a CUDA GPU and none is here: on a CPU use --preset toy, "
+                        "with --model, --asker-model and --truster-model of your own if you like")
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run):
         raise UserError("--run is a plain name: letters, digits, dot, hyphen, underscore")
     transformers.set_seed(args.seed)
@@ -1080,12 +1088,13 @@ def parse(parser, script, argv=None):
 
 def fingerprint(args, model, keys):
     """What makes an output: model, data, prompts and the arguments named by `keys`."""
-    return {"task": args.task, "data_sha256": data_hash(args.task, data=args.data), "model": model, "revision": model_revision(model),
-            "prompt_version": PROMPT_VERSION, **{key: getattr(args, key) for key in keys}}
+    return {"task": args.task, "data_sha256": data_hash(args.task, data=args.data), "model": model,
+            "revision": model_revision(model), "prompt_version": PROMPT_VERSION,
+            **{key: getattr(args, key) for key in keys}}
 
 
 def sample(args):
-    """Step 2 of the five: k predictions for every question of train and dev, and the greedy drafts of dev (sample 0)."""
+    """Step 2 of the five: k predictions for every question of train and dev, and greedy drafts of dev (sample 0)."""
     train, dev = (load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
     path, exemplars = args.runs / args.task / "samples.jsonl", load_exemplars(args.task, args.shots, args.data)
 
@@ -1095,8 +1104,8 @@ def sample(args):
         def batches(done):
             for batch in predict(lm, args.task, records, exemplars, args.strategy, args.facts == "both", k=k, done=done,
                                  temperature=temperature, seed=args.seed, max_new_tokens=args.max_new_tokens):
-                yield [(i, [{"sample": first + j, "correct": is_correct(args.task, made["text"], records[i]["answer"]), **made}
-                            for j, made in enumerate(several)]) for i, several in batch]
+                yield [(i, [{"sample": first + j, "correct": is_correct(args.task, made["text"], records[i]["answer"]),
+                             **made} for j, made in enumerate(several)]) for i, several in batch]
 
         return stage(path, label, [record["id"] for record in records], batches, first + k)
 
@@ -1110,11 +1119,13 @@ def sample(args):
     rows = [row for group in groups.values() for row in group]
     both = sum(len({row["correct"] for row in group}) == 2 for group in groups.values())
     show_record({"question": train[0]["question"], "gold": train[0]["answer"], **{
-        f"sample {row['sample']} ({'right' if row['correct'] else 'wrong'})": row["text"] for row in groups[train[0]["id"]][:2]}})
-    print(f"{path}: {len(rows)} samples of {len(groups)} training questions, {np.mean([r['correct'] for r in rows]):.1%} right, "
-          f"{both} questions with both right and wrong samples, {sum(r['answer'] is None for r in rows)} without an answer, "
-          f"{sum(not r['stopped'] for r in rows)} cut off, {sum(r['tokens'] for r in rows)} tokens; greedy drafts of {len(dev)} dev "
-          f"questions {np.mean([group[0]['correct'] for group in drafts.values()]):.1%} right")
+        f"sample {row['sample']} ({'right' if row['correct'] else 'wrong'})": row["text"]
+        for row in groups[train[0]["id"]][:2]}})
+    print(f"{path}: {len(rows)} samples of {len(groups)} training questions, "
+          f"{np.mean([r['correct'] for r in rows]):.1%} right, {both} questions with both right and wrong samples, "
+          f"{sum(r['answer'] is None for r in rows)} without an answer, {sum(not r['stopped'] for r in rows)} cut off, "
+          f"{sum(r['tokens'] for r in rows)} tokens; greedy drafts of {len(dev)} dev questions "
+          f"{np.mean([group[0]['correct'] for group in drafts.values()]):.1%} right")
 
 
 def show_record(parts):
@@ -1142,7 +1153,8 @@ def solve(args):
     show_record({"2 ask": "\n".join([*asked["subquestions"], f"{DECISION} {'Yes' if wanted else 'No'}  "
                                      f"(p_refine {asked['p_refine']:.2f}, threshold {threshold:.2f})"])})
     if wanted:
-        refined = first(refine(shelf.get("llm"), args.task, record, [draft["text"]], [asked["subquestions"]], **settings))
+        refined = first(refine(shelf.get("llm"), args.task, record, [draft["text"]], [asked["subquestions"]],
+                               **settings))
         show_record({"3 refine": refined["text"]})
         texts = {"initial": draft["text"], "refined": refined["text"]}
         scores = first(shelf.get("truster").score(record, [texts]))
@@ -1161,7 +1173,7 @@ def main():
         one.set_defaults(call=call)
         if name == "sample":
             one.add_argument("--k", type=int, help="predictions a training question (preset)")
-            one.add_argument("--temperature", type=float, default=0.7, help="of the predictions (0.7: varied, still sensible)")
+            one.add_argument("--temperature", type=float, default=0.7, help="of these (0.7: varied, still sensible)")
         else:
             one.add_argument("question", help="the question, in quotes")
     args = parse(parser, "art")

@@ -79,7 +79,8 @@ def run_stages(args, dev, test):
     settings = {"exemplars": art.load_exemplars(task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
     samples, samples_hash = art.load_samples(args, dev)
     path = args.runs / task / "samples.jsonl"  # holds the drafts of dev
-    art.require_same(json.loads(path.with_suffix(".args.json").read_text()), llm, path, "give the flags you gave art.py sample")
+    made_by = json.loads(path.with_suffix(".args.json").read_text())
+    art.require_same(made_by, llm, path, "give the flags you gave art.py sample")
     supported = {**settings, "facts": args.facts != "none"}
 
     def stage(name, made_by, over, batches):
@@ -121,9 +122,11 @@ def run_stages(args, dev, test):
     def strip(row):
         return {key: value for key, value in row.items() if key not in ("id", "sample", "correct")}
 
-    return [{**record, "candidates": {"initial": strip(a), "refined": strip(b), "refined_plain": strip(c), "refined_self": strip(d)},
+    made = zip(records, initial, refined, refined_plain, refined_self, asked, asked_self, trusted)
+    return [{**record, "candidates": {"initial": strip(a), "refined": strip(b), "refined_plain": strip(c),
+                                      "refined_self": strip(d)},
              "ask": {"asker": strip(e), "self": strip(f)}, "trust": {"truster": strip(g)}}
-            for record, a, b, c, d, e, f, g in zip(records, initial, refined, refined_plain, refined_self, asked, asked_self, trusted)]
+            for record, a, b, c, d, e, f, g in made]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +134,7 @@ def run_stages(args, dev, test):
 
 
 def columns(task, records):
-    """Arrays (n,) that the rows are computed from: whether each candidate is right, the p_refine of each, the Truster's choice."""
+    """Arrays (n,) for the rows: whether each candidate is right, the p_refine of each, the Truster's choice."""
     right = {name: np.array([art.is_correct(task, r["candidates"][name]["text"], r["answer"]) for r in records])
              for name in records[0]["candidates"]}
     p = {name: np.array([r["ask"][name]["p_refine"] for r in records]) for name in records[0]["ask"]}
@@ -150,7 +153,8 @@ def outcome(row, right, p, trusts, threshold):
         refine = ~right["initial"]
     else:
         refine = p[decides] >= threshold
-    better = {None: True, "most_recent": True, "truster": trusts, "oracle": refinement and right[refinement] & ~right["initial"]}
+    better = {None: True, "most_recent": True, "truster": trusts,
+              "oracle": refinement and right[refinement] & ~right["initial"]}
     return refine, refine & better[chooses]
 
 
@@ -182,9 +186,10 @@ def cost(row, records, refine, models):
     if refinement:
         add("llm", lambda r: r["candidates"][refinement], refine.astype(int))
     if chooses == "truster":  # reads the question with each of the two texts
-        used["truster"][0] += sum(take * r["trust"]["truster"]["prompt_tokens"] for r, take in zip(records, refine.astype(int)))
-    return {name: {"prompt_tokens": int(a) / n, "tokens": int(b) / n, "flops": 2 * models[name]["parameters"] * int(a + b) / n}
-            for name, (a, b) in used.items() if a + b}
+        read = [r["trust"]["truster"]["prompt_tokens"] for r in records]
+        used["truster"][0] += sum(take * tokens for take, tokens in zip(refine.astype(int), read))
+    return {name: {"prompt_tokens": int(a) / n, "tokens": int(b) / n,
+                   "flops": 2 * models[name]["parameters"] * int(a + b) / n} for name, (a, b) in used.items() if a + b}
 
 
 def make_rows(args, dev, test, models):
@@ -204,44 +209,50 @@ def make_rows(args, dev, test, models):
     for row, (decides, refinement, chooses) in ROWS.items():
         refine, take = decided[row]
         result = {"row": row, "settings": {
-            "strategy": args.strategy, "ask": decides, "subquestions": SUBQUESTIONS[refinement], "trust": chooses, "facts": args.facts,
-            "rounds": 1 if refinement else 0, "k": 1, "threshold": thresholds[row]},
-            "accuracy": float(correct[row].mean()), "ci95": wilson(float(correct[row].sum()), n), "refined_share": float(refine.mean())}
+            "strategy": args.strategy, "ask": decides, "subquestions": SUBQUESTIONS[refinement], "trust": chooses,
+            "facts": args.facts, "rounds": 1 if refinement else 0, "k": 1, "threshold": thresholds[row]},
+            "accuracy": float(correct[row].mean()), "ci95": wilson(float(correct[row].sum()), n),
+            "refined_share": float(refine.mean())}
         if take is None:  # an expectation has no answers to compare, count or pair
             result |= dict.fromkeys(["vs_initial", "vs_self_refine", "flips", "same_answer", "unparsed", "cut_off"])
         else:
             answers = [r["candidates"][refinement if t else "initial"] for r, t in zip(test, take)]
-            same = [r["candidates"][refinement]["answer"] == r["candidates"]["initial"]["answer"] for r, t in zip(test, refine) if t]
+            same = [r["candidates"][refinement]["answer"] == r["candidates"]["initial"]["answer"]
+                    for r, refined in zip(test, refine) if refined]
             result |= {
                 "vs_initial": compare(correct[row], initial, args.seed),
                 "vs_self_refine": compare(correct[row], correct["self_refine"], args.seed),
-                "flips": {"wrong_right": int((correct[row] & ~initial).sum()), "right_wrong": int((~correct[row] & initial).sum())},
+                "flips": {"wrong_right": int((correct[row] & ~initial).sum()),
+                          "right_wrong": int((~correct[row] & initial).sum())},
                 "same_answer": float(np.mean(same)) if same else None,
-                "unparsed": sum(a["answer"] is None for a in answers), "cut_off": sum(not a["stopped"] for a in answers)}
+                "unparsed": sum(a["answer"] is None for a in answers),
+                "cut_off": sum(not a["stopped"] for a in answers)}
         rows.append({**result, "failed": 0, "cost": cost(row, test, refine, models)})
     return rows, {row: pair[1] for row, pair in decided.items()}
 
 
 def table(results):
     """results.json as a Markdown table."""
-    lines = ["| row | accuracy (95%) | vs initial | p | vs self_refine | p | mended | broken | refined | same answer | unparsed | cut off | "
-             "tokens |", "| --- " * 13 + "|"]
+    lines = ["| row | accuracy (95%) | vs initial | p | vs self_refine | p | mended | broken | refined | same answer | "
+             "unparsed | cut off | tokens |", "| --- " * 13 + "|"]
     for row in results["rows"]:
         low, high = row["ci95"]
-        versus = [f"{c['delta']:+.1%} | {c['p']:.2g}" if c else "- | -" for c in (row["vs_initial"], row["vs_self_refine"])]
+        versus = [f"{c['delta']:+.1%} | {c['p']:.2g}" if c else "- | -"
+                  for c in (row["vs_initial"], row["vs_self_refine"])]
         flips = row["flips"] or {"wrong_right": "-", "right_wrong": "-"}
         same = "-" if row["same_answer"] is None else f"{row['same_answer']:.0%}"
         counts = ["-" if row[key] is None else str(row[key]) for key in ("unparsed", "cut_off")]
         tokens = sum(c["prompt_tokens"] + c["tokens"] for c in row["cost"].values())
         if row["row"] == "oracle_gate":
             lines.append("| *upper bounds, which look at the gold answer:* " + "| " * 12 + "|")
-        lines.append(f"| {row['row']} | {row['accuracy']:.1%} ({low:.1%} to {high:.1%}) | {' | '.join(versus)} | {flips['wrong_right']} | "
-                     f"{flips['right_wrong']} | {row['refined_share']:.0%} | {same} | {' | '.join(counts)} | {tokens:.0f} |")
-    gates = results["decision"]
-    lines += ["", f"{results['n']} questions, seed {results['seed']}. Mended and broken: wrong drafts made right, right drafts made wrong. "
-              "Tokens: read and written by all models, per question.",
-              "Decision to refine, AUC: " + ", ".join(f"{name} {value['auc']:.3f}" if value["auc"] is not None else f"{name} not defined"
-                                                      for name, value in gates.items()) + "."]
+        lines.append(f"| {row['row']} | {row['accuracy']:.1%} ({low:.1%} to {high:.1%}) | {' | '.join(versus)} | "
+                     f"{flips['wrong_right']} | {flips['right_wrong']} | {row['refined_share']:.0%} | {same} | "
+                     f"{' | '.join(counts)} | {tokens:.0f} |")
+    gates = [f"{name} {value['auc']:.3f}" if value["auc"] is not None else f"{name} not defined"
+             for name, value in results["decision"].items()]
+    lines += ["", f"{results['n']} questions, seed {results['seed']}. Mended and broken: wrong drafts made right, "
+              "right drafts made wrong. Tokens: read and written by all models, per question.",
+              "Decision to refine, AUC: " + ", ".join(gates) + "."]
     return "\n".join(lines) + "\n"
 
 
@@ -266,7 +277,7 @@ def picture(results, path):
 
 
 def flips(task, records, take):
-    """Text of the questions on which `art` changed a draft's verdict, mended first: the best reading in a run folder."""
+    """Text of the questions on which `art` changed a draft's verdict, mended first: the best reading of a run."""
     parts = {"mended": [], "broken": []}
     for record, taken in zip(records, take):
         before, after = record["candidates"]["initial"], record["candidates"]["refined" if taken else "initial"]
@@ -274,10 +285,12 @@ def flips(task, records, take):
         if right[0] != right[1]:
             asker, scores = record["ask"]["asker"], record["trust"]["truster"]
             parts["mended" if right[1] else "broken"].append("\n".join([
-                record["id"], record["question"], "-- draft", before["text"], f"-- sub-questions (p_refine {asker['p_refine']:.2f})",
-                *asker["subquestions"], f"-- refined (Truster: {scores['initial']:.2f} -> {scores['refined']:.2f})", after["text"],
+                record["id"], record["question"], "-- draft", before["text"],
+                f"-- sub-questions (p_refine {asker['p_refine']:.2f})", *asker["subquestions"],
+                f"-- refined (Truster: {scores['initial']:.2f} -> {scores['refined']:.2f})", after["text"],
                 f"-- gold {record['answer']}"]))
-    return "".join(f"==== {name}: {len(items)}\n\n" + "".join(item + "\n\n" for item in items) for name, items in parts.items())
+    return "".join(f"==== {name}: {len(items)}\n\n" + "".join(item + "\n\n" for item in items)
+                   for name, items in parts.items())
 
 
 def summary(folder, names):
@@ -290,22 +303,24 @@ def summary(folder, names):
         runs.append(json.loads(path.read_text()))
     art.require_same(*({key: run[key] for key in ("task", "n", "data_sha256")} for run in (runs[0], runs[-1])), folder,
                      "give runs on the same questions")
-    lines = ["| row | mean accuracy | lowest to highest | vs initial (p of each run) | vs self_refine (p of each run) |",
-             "| --- | --- | --- | --- | --- |"]
+    lines = ["| row | mean accuracy | lowest to highest | vs initial (p of each run) | vs self_refine (p of each) |",
+             "| --- " * 5 + "|"]
     for rows in zip(*(run["rows"] for run in runs)):
         accuracy = [row["accuracy"] for row in rows]
-        versus = [f"{np.mean([row[key]['delta'] for row in rows]):+.1%} ({', '.join(format(row[key]['p'], '.2g') for row in rows)})"
+        versus = [f"{np.mean([row[key]['delta'] for row in rows]):+.1%} "
+                  f"({', '.join(format(row[key]['p'], '.2g') for row in rows)})"
                   if rows[0][key] else "-" for key in ("vs_initial", "vs_self_refine")]
-        lines.append(f"| {rows[0]['row']} | {np.mean(accuracy):.1%} | {min(accuracy):.1%} to {max(accuracy):.1%} | {' | '.join(versus)} |")
+        lines.append(f"| {rows[0]['row']} | {np.mean(accuracy):.1%} | {min(accuracy):.1%} to {max(accuracy):.1%} | "
+                     f"{' | '.join(versus)} |")
     areas = {gate: ", ".join(f"{run['decision'][gate]['auc']:.3f}" for run in runs) for gate in ("asker", "self")}
-    return "\n".join([*lines, "", f"{len(runs)} runs ({', '.join(names)}), the same {runs[0]['n']} questions in each. Decision to refine, AUC "
-                      f"of each run: asker {areas['asker']}; self {areas['self']}."])
+    return "\n".join([*lines, "", f"{len(runs)} runs ({', '.join(names)}), the same {runs[0]['n']} questions in each. "
+                      f"Decision to refine, AUC of each run: asker {areas['asker']}; self {areas['self']}."])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, parents=[art.make_parser(llm=True)],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--summary", nargs="+", metavar="RUN", help="only print these finished runs side by side, such as several seeds")
+    parser.add_argument("--summary", nargs="+", metavar="RUN", help="only print these finished runs side by side")
     args, began = art.parse(parser, "evaluate"), time.time()
     if args.summary:
         print(summary(args.runs / args.task, args.summary))
@@ -315,14 +330,17 @@ def main():
     with art.lock(folder):
         records = run_stages(args, dev, test)
         about = {name: art.read_about(folder / name, f"train_{name}.py")["model"] for name in ("asker", "truster")}
-        models = {name: {"model": model, "parameters": art.parameters(model)} for name, model in {"llm": args.model, **about}.items()}
+        models = {name: {"model": model, "parameters": art.parameters(model)}
+                  for name, model in {"llm": args.model, **about}.items()}
         dev, test = records[: len(dev)], records[len(dev):]
         rows, takes = make_rows(args, dev, test, models)
         wrong = [not art.is_correct(args.task, r["candidates"]["initial"]["text"], r["answer"]) for r in test]
         results = {
             "task": args.task, "models": models, "n": len(test), "seed": args.seed, **art.provenance(),
-            "data_sha256": art.data_hash(args.task, ["train", "dev", "test"], args.data), "seconds": round(time.time() - began, 1),
-            "decision": {name: {"auc": art.auc([r["ask"][name]["p_refine"] for r in test], wrong)} for name in ("asker", "self")},
+            "data_sha256": art.data_hash(args.task, ["train", "dev", "test"], args.data),
+            "seconds": round(time.time() - began, 1),
+            "decision": {name: {"auc": art.auc([r["ask"][name]["p_refine"] for r in test], wrong)}
+                         for name in ("asker", "self")},
             "rows": rows}
         for record, taken in zip(test, takes["art"]):
             record["final"] = record["candidates"]["refined" if taken else "initial"]["answer"]

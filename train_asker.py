@@ -2,9 +2,9 @@
 
     python train_asker.py --task toy
 
-Stage 1, `finetuned`: question -> sub-questions and steps. Stage 2, `asker`: question and draft -> gold sub-questions and
-"Refine: Yes" where the draft is wrong. The drafts are the samples of `python art.py sample`. Both adapters are written to
-runs/<task>/<run>/, with figures on dev beside them in args.json.
+Stage 1, `finetuned`: question -> sub-questions and steps. Stage 2, `asker`: question and draft -> gold sub-questions
+and "Refine: Yes" where the draft is wrong. The drafts are the samples of `python art.py sample`. Both adapters are
+written to runs/<task>/<run>/, with figures on dev beside them in args.json.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def ask_examples(records, samples, tokenizer, decision_ids):
             labels.append(not correct)
     share = float(np.mean(labels)) if labels else 0.0
     if not 0 < share < 1:
-        raise art.UserError(f"{len(labels)} drafts of which {share:.0%} are wrong: the Asker needs right and wrong ones; draw more "
-                            "with: python art.py sample --k 8 (or --temperature 1), or use another --model")
+        raise art.UserError(f"{len(labels)} drafts of which {share:.0%} are wrong: the Asker needs right and wrong "
+                            "ones; draw more: python art.py sample --k 8 (or --temperature 1), or use another --model")
     for example, wrong in zip(examples, labels):
         example["weight"] = 0.5 / (share if wrong else 1 - share)
     return examples, share
@@ -106,7 +106,7 @@ def dev_figures(args, lm, folder, dev, drafts, shift):
     p = np.array([row["p_refine"] for row in asked])
     threshold = art.best_threshold(p, np.where(wrong, 1, -1))
     yes = p >= threshold
-    exact = np.mean([row["subquestions"] == [s for s, _ in record.get("solution", [])] for row, record in zip(asked, dev)])
+    exact = np.mean([row["subquestions"] == art.subquestions_of(record) for row, record in zip(asked, dev)])
     for record, row in list(zip(dev, asked))[:2]:
         art.show_record({"question": record["question"], "draft": drafts[record["id"]]["text"],
                          "sub-questions": "\n".join(row["subquestions"]), "p_refine": f"{row['p_refine']:.2f}",
@@ -121,7 +121,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, parents=[art.make_parser(training=True)],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--asker-model", help="base of the Asker: folder or Hub id (preset)")
-    parser.add_argument("--task-epochs", type=float, help="passes over the questions in stage 1; 0 leaves it out (preset)")
+    parser.add_argument("--task-epochs", type=float, help="passes over the questions in stage 1, 0: none (preset)")
     args = art.parse(parser, "train_asker")
     train, dev = (art.load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
     samples, samples_hash = art.load_samples(args, train + dev)
@@ -130,7 +130,8 @@ def main():
     keys = ["bits", "seed", "limit", "lr", "rank", "batch_size", "accumulate", "max_length", "task_epochs"]
     about = art.fingerprint(args, args.asker_model, keys)
     tokenizer = art.load_tokenizer(args.asker_model)
-    decision_ids = set(tokenizer(f"{art.DECISION} {word}", add_special_tokens=False)["input_ids"][-1] for word in ("Yes", "No"))
+    decision_ids = {tokenizer(f"{art.DECISION} {word}", add_special_tokens=False)["input_ids"][-1]
+                    for word in ("Yes", "No")}
     collate = make_collate(tokenizer.pad_token_id)
     with art.lock(folder):
         task_about = {**about, "stage": "finetuned"}
@@ -155,15 +156,17 @@ def main():
         shift = math.log(share / (1 - share))
         lm = art.LM(args.asker_model, args.bits, 4096, chat="no")
         figures = dev_figures(args, lm, folder / "asker", dev, {name: rows[0] for name, rows in samples.items()}, shift)
-        art.write_about(folder / "asker", {**asker_about, **trained, "shift": shift, "threshold": figures["threshold"], "dev": figures})
-    print(f"{folder / 'asker'}: on {figures['n']} greedy drafts of dev, {figures['wrong_drafts']:.1%} of them wrong, decisions "
-          f"{figures['decision_accuracy']:.1%} right, AUC {figures['auc']:.3f}, precision {figures['precision']:.1%}, recall "
-          f"{figures['recall']:.1%}; gold sub-questions word for word {figures['gold_subquestions']:.1%}")
+        art.write_about(folder / "asker", {**asker_about, **trained, "shift": shift, "threshold": figures["threshold"],
+                                           "dev": figures})
+    print(f"{folder / 'asker'}: on {figures['n']} greedy drafts of dev, {figures['wrong_drafts']:.1%} of them wrong, "
+          f"decisions {figures['decision_accuracy']:.1%} right, AUC {figures['auc']:.3f}, precision "
+          f"{figures['precision']:.1%}, recall {figures['recall']:.1%}; gold sub-questions word for word "
+          f"{figures['gold_subquestions']:.1%}")
 
 
 def show_example(tokenizer, example):
     """One full training example, as the model sees it."""
-    art.show_record({"example, prompt": tokenizer.decode(example["prompt"]), "example, target": tokenizer.decode(example["target"])})
+    art.show_record({f"example, {part}": tokenizer.decode(example[part]) for part in ("prompt", "target")})
 
 
 if __name__ == "__main__":

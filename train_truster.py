@@ -19,7 +19,7 @@ MIN_QUESTIONS = 8  # with both right and wrong samples; below that there is noth
 
 
 def contrast(records, samples, tokenizer):
-    """[{"rows": token ids of each different answer, "correct": [bool, ...]}] for questions with right and wrong ones."""
+    """[{"rows": token ids of each different answer, "correct": [bool, ...]}] of questions with right and wrong ones."""
     groups = []
     for record in records:
         answers = {row["text"]: row["correct"] for row in samples.get(record["id"], ())}
@@ -43,17 +43,19 @@ def make_collate(pad):
 
     def collate(groups):
         ids, mask = art.left_pad([row for group in groups for row in group["rows"]], pad, "cpu")
-        return {"input_ids": ids, "attention_mask": mask, "sizes": torch.tensor([len(group["rows"]) for group in groups]),
+        return {"input_ids": ids, "attention_mask": mask,
+                "sizes": torch.tensor([len(group["rows"]) for group in groups]),
                 "correct": torch.tensor([label for group in groups for label in group["correct"]])}
 
     return collate
 
 
 def truster_loss(model, inputs):
-    """Mean over questions of the mean over a question's pairs (paper, section 3.4; the mean within a question is ours)."""
+    """Mean over questions of the mean over a question's pairs (paper, section 3.4; the mean in a question is ours)."""
     scores = art.score_batch(model, inputs["input_ids"], inputs["attention_mask"])
     sizes = inputs["sizes"].tolist()
-    return torch.stack([pair_losses(s, c).mean() for s, c in zip(scores.split(sizes), inputs["correct"].split(sizes))]).mean()
+    groups = zip(scores.split(sizes), inputs["correct"].split(sizes))
+    return torch.stack([pair_losses(group, correct).mean() for group, correct in groups]).mean()
 
 
 def dev_figures(truster, dev, samples):
@@ -63,7 +65,8 @@ def dev_figures(truster, dev, samples):
     for batch in truster.score(dev, texts):
         for index, (scores,) in batch:
             rows = samples[dev[index]["id"]]
-            hits += [scores[str(a["sample"])] > scores[str(b["sample"])] for a in rows for b in rows if a["correct"] and not b["correct"]]
+            hits += [scores[str(a["sample"])] > scores[str(b["sample"])]
+                     for a in rows for b in rows if a["correct"] and not b["correct"]]
     return {"pairs": len(hits), "pairwise_accuracy": float(np.mean(hits)) if hits else None}
 
 
@@ -85,21 +88,23 @@ def main():
         print(f"{len(groups)} of {len(train)} questions have both right and wrong samples")
         groups = art.drop_long(groups, args.max_length)
         if len(groups) < MIN_QUESTIONS:
-            raise art.UserError(f"only {len(groups)} questions have both right and wrong samples, the Truster needs {MIN_QUESTIONS}: draw "
-                                "more with: python art.py sample --k 8 (or --temperature 1, or more questions), or use another --model")
+            raise art.UserError(f"only {len(groups)} questions have both right and wrong samples, the Truster needs "
+                                f"{MIN_QUESTIONS}: draw more with: python art.py sample --k 8 (or --temperature 1, or "
+                                "more questions), or use another --model")
         art.show_record({f"example, {'right' if correct else 'wrong'}": tokenizer.decode(row)
                          for row, correct in zip(groups[0]["rows"], groups[0]["correct"])})
         base = art.load_scorer(args.truster_model, args.bits, args.seed)
         model = art.add_lora(base, TaskType.SEQ_CLS, args.rank)
         art.check_scorer(model)
-        trained = art.fine_tune(model, groups, make_collate(tokenizer.pad_token_id), truster_loss, args, folder, args.epochs)
+        collate = make_collate(tokenizer.pad_token_id)
+        trained = art.fine_tune(model, groups, collate, truster_loss, args, folder, args.epochs)
         del model, base
         # what is measured and shipped is what a fresh process will load: the adapter on disk, not the one in memory
         art.write_about(folder, {**about, **trained})
         figures = dev_figures(art.Truster(folder), dev, samples)
         art.write_about(folder, {**about, **trained, "dev": figures})
     if figures["pairs"]:
-        print(f"{folder}: orders {figures['pairwise_accuracy']:.1%} of {figures['pairs']} right/wrong pairs of dev rightly")
+        print(f"{folder}: gets {figures['pairwise_accuracy']:.1%} of {figures['pairs']} right/wrong pairs of dev right")
     else:
         print(f"{folder}: dev has no question with both right and wrong samples, so there is no held-out figure")
 

@@ -39,7 +39,8 @@ class Kit:
 def make_data(folder):
     """The toy task with 40 questions a split."""
     sizes = [word for split in ("train", "dev", "test") for word in (f"--{split}", "40")]
-    subprocess.run([sys.executable, str(ROOT / "data/toy/prepare.py"), *sizes, "--out", str(folder / "toy")], check=True)
+    command = [sys.executable, str(ROOT / "data/toy/prepare.py"), *sizes, "--out", str(folder / "toy")]
+    subprocess.run(command, check=True)
 
 
 @pytest.fixture(scope="session")

@@ -54,9 +54,10 @@ def test_rows_on_a_hand_made_case():
     taken = {row: evaluate.outcome(row, right, p, trusts, 0.5)[1].tolist()
              for row in ("initial", "refine_always", "always_truster", "asker", "art", "oracle_gate", "oracle_choice")}
     assert taken == {"initial": [False] * 4, "refine_always": [True] * 4, "always_truster": [False, False, True, True],
-                     "asker": [False, True, True, True], "art": [False, False, True, True], "oracle_gate": [False, False, True, True],
-                     "oracle_choice": [False, False, True, False]}
-    assert evaluate.set_threshold("asker", right, p, trusts) > 0.6 and evaluate.set_threshold("initial", right, p, trusts) is None
+                     "asker": [False, True, True, True], "art": [False, False, True, True],
+                     "oracle_gate": [False, False, True, True], "oracle_choice": [False, False, True, False]}
+    assert evaluate.set_threshold("asker", right, p, trusts) > 0.6
+    assert evaluate.set_threshold("initial", right, p, trusts) is None
 
 
 def test_pair_losses_against_a_loop():
@@ -70,7 +71,8 @@ def test_truster_loss_weighs_questions_the_same(lm):
     tokenizer = lm.tokenizer
     records = [{"id": "a", "question": "One?"}, {"id": "b", "question": "Two?"}, {"id": "c", "question": "Three?"}]
     samples = {"a": [{"text": "1", "correct": True}, {"text": "2", "correct": False}, {"text": "3", "correct": False}],
-               "b": [{"text": "4", "correct": False}, {"text": "5 or so", "correct": True}], "c": [{"text": "6", "correct": True}]}
+               "b": [{"text": "4", "correct": False}, {"text": "5 or so", "correct": True}],
+               "c": [{"text": "6", "correct": True}]}
     groups = train_truster.contrast(records, samples, tokenizer)
     assert [group["correct"] for group in groups] == [[True, False, False], [False, True]]  # "c" has no wrong one
     model = art.add_lora(art.load_scorer("data/toy/base", 32, 0), art.TaskType.SEQ_CLS, 4).eval()
@@ -99,8 +101,8 @@ def test_asker_loss_is_on_the_target_alone(lm):
         tokens, decisions = [], []
         for example in examples:
             row = torch.tensor([example["prompt"] + example["target"]])
-            losses = torch.nn.functional.cross_entropy(lm.model(input_ids=row).logits[0, :-1], row[0, 1:], reduction="none")
-            losses = losses[-len(example["target"]):]
+            logits = lm.model(input_ids=row).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none")[-len(example["target"]):]
             decisions.append(losses[example["decision"]] * example["weight"])
             tokens += [loss for place, loss in enumerate(losses) if place != example["decision"]]
     assert fast == pytest.approx((sum(tokens) / len(tokens) + sum(decisions) / len(decisions)).item(), abs=1e-4)

@@ -38,7 +38,8 @@ def files(tmp_path, prepare, monkeypatch):
     folder, rng = tmp_path / "local", random.Random(0)
     folder.mkdir()
     for split, verb in ("train", "buys"), ("test", "sells"):
-        pairs = [raw_pair(f"Somebody {verb} {thing}. How many are there?", rng.randint(900, 999), 70) for thing in THINGS]
+        pairs = [raw_pair(f"Somebody {verb} {thing}. How many are there?", rng.randint(900, 999), 70)
+                 for thing in THINGS]
         write_raw(prepare, monkeypatch, folder / f"{split}_socratic.jsonl", [socratic for socratic, _ in pairs])
         write_raw(prepare, monkeypatch, folder / f"{split}.jsonl", [plain for _, plain in pairs])
     monkeypatch.setattr(prepare, "DEV", 4)
@@ -72,7 +73,8 @@ def test_full_split(prepare, files, tmp_path):
     found = splits(tmp_path / "gsm8k")
     assert {name: len(records) for name, records in found.items()} == {"train": 10, "dev": 4, "test": 14}
     assert found["test"][3]["id"] == "gsm8k-test-3" and found["test"][3]["question"].startswith("Somebody sells drums")
-    assert all(set(record) == {"id", "question", "answer", "solution"} for records in found.values() for record in records)
+    fields = {"id", "question", "answer", "solution"}
+    assert all(set(record) == fields for records in found.values() for record in records)
     lines = [int(record["id"].rsplit("-", 1)[1]) for name in ("train", "dev") for record in found[name]]
     assert sorted(lines) == list(range(14))  # train and dev together are the raw train, each question once
 
@@ -103,7 +105,8 @@ def test_offline_split_is_a_task_of_its_own(prepare, files, tmp_path):
     folder = tmp_path / "gsm8k-offline"
     found, first = splits(folder), {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {name: len(records) for name, records in found.items()} == {"train": 8, "dev": 2, "test": 4}
-    assert all(record["id"].startswith(f"gsm8k-offline-{name}-") for name, records in found.items() for record in records)
+    assert all(record["id"].startswith(f"gsm8k-offline-{name}-")
+               for name, records in found.items() for record in records)
     questions = [art.normalise(record["question"]) for records in found.values() for record in records]
     assert len(set(questions)) == 14
     assert not (tmp_path / "gsm8k").exists()

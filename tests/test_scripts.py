@@ -37,11 +37,13 @@ def test_results(kit):
     records = art.read_jsonl(folder / "records.jsonl")
     for record in records:
         assert set(record["candidates"]) == {"initial", "refined", "refined_plain", "refined_self"}
-        assert 0 <= record["ask"]["asker"]["p_refine"] <= 1 and {"initial", "refined"} <= set(record["trust"]["truster"])
+        assert 0 <= record["ask"]["asker"]["p_refine"] <= 1
+        assert {"initial", "refined"} <= set(record["trust"]["truster"])
     for name in ("initial", "refined"):  # the table must be what the records say
         share = np.mean([art.is_correct("toy", r["candidates"][name]["text"], r["answer"]) for r in records])
         assert rows["refine_always" if name == "refined" else name]["accuracy"] == share
-    assert rows["oracle_choice"]["accuracy"] >= max(rows[row]["accuracy"] for row in ("initial", "refine_always", "art"))
+    best = max(rows[row]["accuracy"] for row in ("initial", "refine_always", "art"))
+    assert rows["oracle_choice"]["accuracy"] >= best
     mended, broken = (rows["art"]["flips"][key] for key in ("wrong_right", "right_wrong"))
     assert rows["art"]["accuracy"] - rows["initial"]["accuracy"] == pytest.approx((mended - broken) / 40)
     share = rows["asker"]["refined_share"]
@@ -80,7 +82,8 @@ def test_fresh_process_gives_equal_logits(kit):
     folder = kit.runs / "toy/default"
     text = art.load_task("toy", "dev", data=kit.data)[0]["question"]
     command = [sys.executable, "-c", LOAD_AND_SCORE, str(folder), text]
-    once, again = (subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout for _ in range(2))
+    once, again = (subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+                   for _ in range(2))
     assert once == again
     base = art.load_scorer("data/toy/base", 4, seed=123)  # another seed: a head that was lost would show
     fresh = art.PeftModel.from_pretrained(base, folder / "truster").eval()
@@ -103,15 +106,15 @@ def test_asker_training_moves_the_decision(kit):
 
 def test_solve(kit):
     question = art.load_task("toy", "test", data=kit.data)[0]["question"]
-    command = [sys.executable, str(ROOT / "art.py"), "solve", "--data", str(kit.data), "--runs", str(kit.runs), question]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "art.py"), "solve", "--data", str(kit.data), "--runs", str(kit.runs)]
+    done = subprocess.run([*command, question], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for part in ("question:", "1 predict:", "2 ask:", "answer:"):
         assert part in done.stdout
 
 
-@pytest.mark.parametrize("script", ["art.py", "train_asker.py", "train_truster.py", "evaluate.py", "data/toy/prepare.py",
-                                    "data/toy/pretrain.py", "data/gsm8k/prepare.py"])
+@pytest.mark.parametrize("script", ["art.py", "train_asker.py", "train_truster.py", "evaluate.py",
+                                    "data/toy/prepare.py", "data/toy/pretrain.py", "data/gsm8k/prepare.py"])
 def test_help(script):
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout
@@ -128,7 +131,8 @@ def refused(monkeypatch, capsys, script, *flags):
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         art.run(MAINS[script])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("usage") and "%|" not in line]
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if line and not line.startswith("usage") and "%|" not in line]
     assert end.value.code == 2 and "Traceback" not in "".join(lines)
     return lines[-1]
 
@@ -223,8 +227,9 @@ def test_missing_model(monkeypatch, capsys, copy, tmp_path):
 def test_second_process_is_refused(monkeypatch, capsys, copy):
     folder, flags = copy
     with art.lock(folder / "runs/toy"):
-        code = f"import sys, art; sys.argv = ['art', 'sample', '--data', {str(flags[1])!r}, '--runs', {str(flags[3])!r}, '--k', '3']; "
-        done = subprocess.run([sys.executable, "-c", code + "art.run(art.main)"], capture_output=True, text=True, cwd=ROOT)
+        argv = ["art", "sample", *map(str, flags[:4]), "--k", "3"]
+        code = f"import sys, art; sys.argv = {argv!r}; art.run(art.main)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "another process" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -9,9 +9,10 @@ import transformers
 
 import art
 
-RECORD = {"id": "x", "question": "Ann has 7 pens. Ben has 2 fewer pens than Ann. How many pens do they have together?", "answer": "12",
-          "solution": [["How many pens does Ben have?", "Ben has 7 - 2 = 5 pens."], ["How many together?", "They have 7 + 5 = 12 pens."]],
-          "facts": ["Pens are made of secrets."]}
+RECORD = {"id": "x", "question": "Ann has 7 pens. Ben has 2 fewer pens than Ann. How many pens do they have together?",
+          "answer": "12", "facts": ["Pens are made of secrets."],
+          "solution": [["How many pens does Ben have?", "Ben has 7 - 2 = 5 pens."],
+                       ["How many together?", "They have 7 + 5 = 12 pens."]]}
 
 
 class FakeLM:
@@ -35,10 +36,12 @@ class FakeLM:
         for index, ids in enumerate(prompts):
             prompt = "".join(map(chr, ids))
             self.seen.append(prompt)
-            text = {"Answer:": "7 + 9 = 16\n#### 16", "Sub-questions:": "1. How many has Ben?\n- How many together?\nRefine:",
-                    "Revised answer:": "7 + 5 = 12\n#### 12"}.get(prompt.splitlines()[-1], "")
+            text = {"Answer:": "7 + 9 = 16\n#### 16", "Revised answer:": "7 + 5 = 12\n#### 12",
+                    "Sub-questions:": "1. How many has Ben?\n- How many together?\nRefine:"}
+            made = {"text": text.get(prompt.splitlines()[-1], ""), "stopped": True, "tokens": 3,
+                    "prompt_tokens": len(ids), "logprob": -1.0, "logit": 2.0}
             if index not in done:
-                yield [(index, [{"text": text, "stopped": True, "tokens": 3, "prompt_tokens": len(ids), "logprob": -1.0, "logit": 2.0}] * k)]
+                yield [(index, [made] * k)]
 
 
 def only(batches):
@@ -61,7 +64,7 @@ def test_four_steps_with_a_fake_model():
 @pytest.mark.parametrize("strategy", ["cot", "decomp"])
 @pytest.mark.parametrize("shots", [0, 2])
 def test_gold_never_reaches_a_prompt(strategy, shots):
-    """A record with its gold fields and one without give the same prompts at every step; facts come only when asked for."""
+    """A record with its gold fields and one without give the same prompts at every step; facts only when asked for."""
     exemplars = art.load_exemplars("gsm8k", shots)
     bare = {"question": RECORD["question"]}
     seen = []
@@ -79,7 +82,7 @@ def test_gold_never_reaches_a_prompt(strategy, shots):
 
 
 def test_exemplars_are_sound():
-    """Each is answered rightly by its solution, about half of the drafts are wrong, and none is an item of a data set here."""
+    """Each is answered rightly by its solution, and half of the drafts are wrong."""
     for task in ("gsm8k", "strategyqa"):
         exemplars = art.read_jsonl(art.ROOT / f"data/{task}/exemplars.jsonl")
         wrong = [not art.is_correct(task, e["draft"], e["answer"]) for e in exemplars]
@@ -90,7 +93,8 @@ def test_exemplars_are_sound():
 
 def prompts_of(lm, n=12, shots=2):
     words = "Ann Ben Cleo Dan Eve Finn Gus Hana Ivan Jill Kim Leo".split()
-    records = [{"question": f"{a} picked {7 + i} pens. {b} picked {2 + i % 5} {'more' if i % 2 else 'fewer'} pens than {a}. "
+    records = [{"question": f"{a} picked {7 + i} pens. "
+                            f"{b} picked {2 + i % 5} {'more' if i % 2 else 'fewer'} pens than {a}. "
                             + (f"{c} picked 3 times as many pens as {b}. " if i % 3 else "")
                             + f"How many pens did {c if i % 3 else b} pick?"}
                for i, (a, b, c) in enumerate(zip(words, words[3:] + words, words[5:] + words))]
@@ -111,7 +115,8 @@ def test_greedy_is_what_generate_writes(lm, shots):
     prompts = prompts_of(lm, shots=shots)
     made = run(lm, prompts, max_new_tokens=48)
     for index, ids in enumerate(prompts):
-        out = lm.model.generate(torch.tensor([ids]), max_new_tokens=48, do_sample=False, pad_token_id=lm.tokenizer.pad_token_id)
+        out = lm.model.generate(torch.tensor([ids]), max_new_tokens=48, do_sample=False,
+                                pad_token_id=lm.tokenizer.pad_token_id)
         assert made[index][0]["text"] == lm.tokenizer.decode(out[0][len(ids):], skip_special_tokens=True).strip()
     assert shots or len({made[index][0]["tokens"] for index in made}) > 1  # rows did end at different times
 
@@ -122,7 +127,7 @@ def test_batches_and_prefix_do_not_change_the_text(lm, monkeypatch):
     monkeypatch.setattr(lm, "batch_tokens", 1)
     alone = run(lm, prompts, max_new_tokens=48, stop=stop)
     assert [together[i][0]["text"] for i in together] == [alone[i][0]["text"] for i in together]
-    assert all(together[i][0]["stopped"] and together[i][0]["text"].splitlines()[-1].startswith("####") for i in together)
+    assert all(m["stopped"] and m["text"].splitlines()[-1].startswith("####") for (m,) in together.values())
     assert together[0][0]["logprob"] == pytest.approx(alone[0][0]["logprob"], abs=1e-3)
 
 
@@ -162,7 +167,8 @@ def test_out_of_memory_halves_the_batch(lm, monkeypatch, capsys):
 
     expected = run(lm, prompts, max_new_tokens=40)
     monkeypatch.setattr(lm, "_generate", small)
-    assert {i: m[0]["text"] for i, m in run(lm, prompts, max_new_tokens=40).items()} == {i: m[0]["text"] for i, m in expected.items()}
+    made = run(lm, prompts, max_new_tokens=40)
+    assert {i: m[0]["text"] for i, m in made.items()} == {i: m[0]["text"] for i, m in expected.items()}
     assert "halved" in capsys.readouterr().err
 
 
@@ -173,19 +179,22 @@ def test_decision_is_read_in_the_same_pass(lm):
     written = "\n".join([*asked["subquestions"], art.DECISION])
     ids = lm.render(art.ask_prompt(record, "Ben picked 7 + 2 = 9 pens.\n#### 9")) + lm.tokenizer(written)["input_ids"]
     with torch.inference_mode():
-        yes, no = lm.model(input_ids=torch.tensor([ids])).logits[0, -1, lm.option_ids(art.DECISION, [" Yes", " No"])].tolist()
+        logits = lm.model(input_ids=torch.tensor([ids])).logits[0, -1]
+        yes, no = logits[lm.option_ids(art.DECISION, [" Yes", " No"])].tolist()
     assert asked["p_refine"] == pytest.approx(torch.tensor([yes, no]).softmax(0)[0].item(), abs=1e-4)
     cut = only(art.ask(lm, "toy", [record], ["Ben picked 7 + 2 = 9 pens.\n#### 9"], max_new_tokens=2))
     assert not cut["stopped"] and 0 < cut["p_refine"] < 1  # never came to the decision: it is put to the model
 
 
 def test_chat_prompt(lm, monkeypatch):
-    """With a chat template the exemplars are turns, the instruction stands in front once, and the text is not tokenised twice."""
-    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    """With a chat template the exemplars are turns and the instruction stands in front once; nothing is doubled."""
+    template = ("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+                "{% if add_generation_prompt %}[assistant] {% endif %}")
     monkeypatch.setattr(lm.tokenizer, "chat_template", template)
     monkeypatch.setattr(lm, "chat", True)
-    text = lm.tokenizer.decode(lm.render("Question: B?\nAnswer:\n", [("Question: A?\nAnswer:\n", "#### 1")], "Be brief."))
-    assert text == "[user] Be brief.\n\nQuestion: A?\nAnswer:\n[assistant] #### 1\n[user] Question: B?\nAnswer:\n[assistant] "
+    ids = lm.render("Question: B?\nAnswer:\n", [("Question: A?\nAnswer:\n", "#### 1")], "Be brief.")
+    assert lm.tokenizer.decode(ids) == ("[user] Be brief.\n\nQuestion: A?\nAnswer:\n[assistant] #### 1\n"
+                                        "[user] Question: B?\nAnswer:\n[assistant] ")
 
 
 def test_stage_keeps_what_is_there(tmp_path):
@@ -216,7 +225,8 @@ def test_truster_head_is_checked():
     model = art.add_lora(base, art.TaskType.SEQ_CLS, 4)
     art.check_scorer(model)
     trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert any("score" in name for name in trainable) and all(model.get_parameter(name).dtype == torch.float32 for name in trainable)
+    assert any("score" in name for name in trainable)
+    assert all(model.get_parameter(name).dtype == torch.float32 for name in trainable)
     model.base_model.model.score.modules_to_save["default"].half()
     with pytest.raises(AssertionError):
         art.check_scorer(model)
@@ -229,6 +239,7 @@ def test_training_stops_at_nan():
 
 
 def test_records_are_plain_json(tmp_path):
-    rows = [{"id": "a", "text": "line\u2028separator, caf\u00e9, \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")}]
+    text = "line\u2028separator, caf\u00e9, \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")
+    rows = [{"id": "a", "text": text}]
     art.write_jsonl(tmp_path / "a.jsonl", rows)
     assert art.read_jsonl(tmp_path / "a.jsonl") == rows == [json.loads((tmp_path / "a.jsonl").read_text("utf-8"))]

@@ -27,7 +27,8 @@ def test_doctests(name):
 def files(tmp_path, monkeypatch):
     """Two raw files of 15 questions in all, and the script that takes their checksums for the right ones."""
     script = load("strategyqa/prepare")
-    items = [{"qid": f"{97 * i % 100:02d}", "question": f"Is {'abcdefghijklmno'[i] * 3} a {'onmlkjihgfedcba'[i] * 3}?", "answer": i % 2 == 0,
+    items = [{"qid": f"{97 * i % 100:02d}", "answer": i % 2 == 0,
+              "question": f"Is {'abcdefghijklmno'[i] * 3} a {'onmlkjihgfedcba'[i] * 3}?",
               "facts": ["A fact."], "decomposition": ["What is it?", "Is #1 that?"]} for i in range(15)]
     sums = {}
     for name, part in (("train.json", items[:10]), ("dev.json", items[10:])):
@@ -48,7 +49,8 @@ def test_splits_follow_the_qid_or_the_official_order(files):
     assert qids == sorted(f"{97 * i % 100:02d}" for i in range(15))[:3]
     script.main(["--official", str(folder / "official.json"), "--out", str(folder / "b")])
     test = art.load_task("strategyqa", "test", data=folder / "b")
-    assert [record["id"].split("-")[-1] for record in test] == ["00", "97", "94"] and [r["answer"] for r in test] == ["yes", "no", "yes"]
+    assert [record["id"].split("-")[-1] for record in test] == ["00", "97", "94"]
+    assert [record["answer"] for record in test] == ["yes", "no", "yes"]
     assert test[0]["solution"] == [["What is it?", ""], ["Is the answer to sub-question 1 that?", ""]]
 
 

@@ -7,10 +7,10 @@
 The "socratic" files carry the sub-questions that the Asker learns. One raw line:
 
     {"question": "A robe takes 2 bolts ...", "answer": "How many bolts of white fiber does it take? ** It takes
-     2/2=<<2/2=1>>1 bolt of white fiber\\nHow many bolts in total ...? ** So ... 2+1=<<2+1=3>>3 bolts of fabric\\n#### 3"}
+     2/2=<<2/2=1>>1 bolt of white fiber\\nHow many bolts in total ...? ** So ... 2+1=<<2+1=3>>3 bolts of ...\\n#### 3"}
 
-`--offline-split N` makes a task of its own, gsm8k-offline, out of the test questions alone: the first N become train and
-dev, the rest test. Its folder and its ids say so; its figures are not GSM8K's. The number in an id is the raw file's line.
+`--offline-split N` makes a task of its own, gsm8k-offline, out of the test questions alone: the first N become train
+and dev, the rest test. Its folder and ids say so; its figures are not GSM8K's. An id ends in the line of the raw file.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def convert(raw):
     text = re.sub(r"\n(?!.* \*\*)", " ", text)  # a line without a sub-question belongs to the step before it
     parts = [[" ".join(part.split()) for part in line.partition(" **")] for line in text.split("\n")]
     solution = [[subquestion, step] for subquestion, _, step in parts if step]  # some sub-questions are not answered
-    return {"question": " ".join(raw["question"].split()), "answer": answer.strip().replace(",", ""), "solution": solution}
+    question = " ".join(raw["question"].split())
+    return {"question": question, "answer": answer.strip().replace(",", ""), "solution": solution}
 
 
 def load(split, task, raw, files):
@@ -65,8 +66,8 @@ def main(argv=None):
     add("--files", metavar="DIR", type=Path,
         help="read the raw files here (default: none, since they can be downloaded once, into gsm8k/raw)")
     add("--offline-split", metavar="N", type=int,
-        help="write the task gsm8k-offline from the test questions alone, the first N for train and dev, a fifth of them "
-        "dev (default: none, since its figures can be compared with nobody's)")
+        help="write the task gsm8k-offline from the test questions alone, the first N for train and dev, a fifth of "
+        "them dev (default: none, since its figures can be compared with nobody's)")
     add("--out", metavar="DIR", default=Path(__file__).resolve().parents[1], type=Path,
         help="folder in which gsm8k/ or gsm8k-offline/ is written (default: data/, where every script looks)")
     args = parser.parse_args(argv)
@@ -87,7 +88,7 @@ def main(argv=None):
 if __name__ == "__main__":
     art.run(main)
 
-# Measured with --offline-split 1000: 800 train, 200 dev, 319 test; nothing dropped, no near duplicates, plain file agrees.
-# In full, by construction: 6,973 train, 500 dev, 1,319 test (7,473 + 1,319 raw) if nothing is dropped. Measured on the plain
-# files: no question stands in both; three of train are near duplicates of test (20 of 632; 1314 and 5162 of 602).
-# test_socratic.jsonl: 14 answers with commas, 2 negative; two questions (1042, 1284) hold a sub-question without a step.
+# Measured with --offline-split 1000: 800 train, 200 dev, 319 test; none dropped, no near duplicates, plain file agrees.
+# In full, by construction: 6,973 train, 500 dev, 1,319 test (7,473 + 1,319 raw) if nothing is dropped. Measured on the
+# plain files: no question stands in both; three of train are near duplicates of test (20 of 632; 1314 and 5162 of 602).
+# test_socratic.jsonl: 14 answers with commas, 2 negative; questions 1042 and 1284 hold a sub-question without a step.

@@ -100,17 +100,19 @@ def draw_problem(rng):
             kind = rng.choices(["more", "fewer", "times"], [0.55, 0.2, 0.25])[0]
             number = rng.randint(2, 3) if kind == "times" else rng.randint(2, 9)
             relations.append((kind, number, 1 if index and rng.random() < 0.7 else 0))
-        problem = Problem(rng.choice(ITEMS), rng.choice(VERBS), rng.sample(NAMES, len(relations) + 1), rng.randint(3, 20),
-                          relations, rng.random() < 0.2, rng.randint(5, 12) if rng.random() < 0.2 else None,
+        problem = Problem(rng.choice(ITEMS), rng.choice(VERBS), rng.sample(NAMES, len(relations) + 1),
+                          rng.randint(3, 20), relations, rng.random() < 0.2,
+                          rng.randint(5, 12) if rng.random() < 0.2 else None,
                           rng.randint(2, 9) if rng.random() < 0.25 else None)
         worlds = [solve(problem, Reading((flip, flip), place)) for flip in (0, 1) for place in (0, 1)]
-        numbers = [int(word) for solution, _ in worlds for _, step in solution for word in step.split() if word.lstrip("-").isdigit()]
+        numbers = [int(word) for solution, _ in worlds for _, step in solution
+                   for word in step.split() if word.lstrip("-").isdigit()]
         if min(numbers) >= 1 and max(numbers) <= 90:
             return problem
 
 
 def for_pretraining(question):
-    """Half of all questions, chosen by a hash of their text, may be seen in pretraining; the task uses the other half."""
+    """Half of all questions, chosen by a hash of the text, may be seen in pretraining; the task uses the other half."""
     return hashlib.sha256(question.encode()).digest()[0] % 2 == 0
 
 
@@ -124,21 +126,22 @@ def make_split(name, size, seed, taken):
             continue
         taken.add(question)
         solution, answer = solve(problem, Reading())
-        records.append({"id": f"toy-{name}-{len(records)}", "question": question, "answer": answer, "solution": solution})
+        records.append({"id": f"toy-{name}-{len(records)}", "question": question, "answer": answer,
+                        "solution": solution})
     return records
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, size in (("train", 1500), ("dev", 300), ("test", 500)):
-        parser.add_argument(f"--{name}", type=int, default=size, help=f"questions of {name} ({size}: minutes on a laptop)")
+    for name, size in (("train", 1500), ("dev", 300), ("test", 1000)):
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"questions ({size}: minutes on a laptop)")
         parser.add_argument(f"--{name}-seed", type=int, default=0, help=f"of {name} (0)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder written to (data/toy)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="output folder (data/toy)")
     args, taken = parser.parse_args(), set()
     for name in ("train", "dev", "test"):
         records = make_split(name, getattr(args, name), getattr(args, f"{name}_seed"), taken)
         art.write_jsonl(args.out / f"{name}.jsonl", records)
-        print(f"{args.out / name}.jsonl: {len(records)} questions, no text twice and none that the base model was pretrained on")
+        print(f"{args.out / name}.jsonl: {len(records)} questions, no text twice, none in the base model's pretraining")
 
 
 if __name__ == "__main__":

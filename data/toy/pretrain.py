@@ -34,7 +34,8 @@ KINDS = {"predict": 30, "decomp": 12, "check": 14, "refine": 24, "refine_plain":
 
 def read(rng, rate, basket=0.03):
     """A reading in which each trap catches with the given rate."""
-    return Reading((rng.random() < rate, rng.random() < rate), rng.random() < rate, rng.random() < rate, rng.random() < basket)
+    return Reading((rng.random() < rate, rng.random() < rate), rng.random() < rate, rng.random() < rate,
+                   rng.random() < basket)
 
 
 def attempt(rng, problem, rate, basket=0.03):
@@ -95,11 +96,12 @@ def make_tokenizer(texts):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=512, special_tokens=["<pad>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", model_max_length=1024)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+                                   model_max_length=1024)
 
 
 def batch(tokenizer, seed, step, rows, length):
-    """(rows, length) token ids; every row begins with a document. Follows from seed and step alone, so that a run can resume."""
+    """(rows, length) token ids; each row begins with a document. Follows from seed and step alone, for resuming."""
     rng, lines = random.Random(f"pretrain {seed} {step}"), []
     for _ in range(rows):
         line = []
@@ -111,8 +113,8 @@ def batch(tokenizer, seed, step, rows, length):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8000, help="of 2,048 tokens each (8000: loss has flattened by then)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak; 100 steps up, then linearly to 0 (3e-3: largest stable)")
+    parser.add_argument("--steps", type=int, default=8000, help="of 2,048 tokens each (8000: the loss is flat by then)")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak, after 100 steps; linear (3e-3: largest stable)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and text (0)")
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder of the result (data/toy/base)")
     args = parser.parse_args()
@@ -124,7 +126,8 @@ def main():
         tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * max(0, 1 - s / args.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 100) * max(0, 1 - step / args.steps))
     checkpoint, log, losses, start = args.out / "checkpoint.pt", args.out / "loss.jsonl", [], 0
     args.out.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
@@ -134,7 +137,8 @@ def main():
         model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         start = state["step"]
-        log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["step"] <= start))
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
     else:
         log.write_text("")
     began = time.time()
