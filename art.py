@@ -86,10 +86,16 @@ def load_task(task, split, limit=None, data=ROOT / "data"):
     return records
 
 
+def find_exemplars(task, data=ROOT / "data"):
+    """exemplars.jsonl of a task: in its data folder, else the one that comes with the kit."""
+    paths = [Path(folder) / TASKS[task]["exemplars"] / "exemplars.jsonl" for folder in (data, ROOT / "data")]
+    return next((path for path in paths if path.is_file()), paths[-1])
+
+
 def load_exemplars(task, shots, data=ROOT / "data"):
     """The first `shots` hand-written exemplars of a task (never items of its data), [] for none."""
-    path = Path(data) / TASKS[task]["exemplars"] / "exemplars.jsonl"
-    exemplars = read_jsonl(path, "it comes with the kit; or run with --shots 0") if shots else []
+    path = find_exemplars(task, data)
+    exemplars = read_jsonl(path, "write some there, or run with --shots 0") if shots else []
     if len(exemplars) < shots:
         raise UserError(f"{path} has {len(exemplars)} exemplars: --shots is at most that")
     return exemplars[:shots]
@@ -368,9 +374,9 @@ def find_model(name):
     return next((str(path) for path in (Path(name), ROOT / name) if path.is_dir()), str(name))
 
 
-def compute_dtype():
-    """bf16 where the card really has it, fp16 on older cards (a T4 only emulates bf16, slowly), fp32 on a CPU."""
-    if not torch.cuda.is_available():
+def compute_dtype(bits=4):
+    """fp32 on a CPU or where asked for; bf16 where the card really has it; else fp16 (a T4 emulates bf16, slowly)."""
+    if bits == 32 or not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
@@ -381,7 +387,7 @@ def loading(name):
     try:
         yield
     except (GatedRepoError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load the model {name!r}: {reason} (a folder or an ungated Hub id with safetensors "
                         "weights is needed)") from None
 
@@ -415,13 +421,15 @@ def load_base(name, bits=4, head=AutoModelForCausalLM, **settings):
 
     Source of the 4-bit settings: Dettmers et al., QLoRA, arXiv 2305.14314, section 3.
     """
-    dtype = torch.float32 if bits == 32 else compute_dtype()
+    dtype = compute_dtype(bits)
     if bits == 16 and dtype == torch.float32:
         dtype = torch.bfloat16
     if bits == 4:
         settings["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    gc.collect()  # a Trainer that ended may still hold the last model
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         settings["device_map"] = {"": 0}
     with loading(name):
         return head.from_pretrained(find_model(name), dtype=dtype, use_safetensors=True, **settings).eval()
@@ -708,8 +716,8 @@ def refine(lm, task, records, drafts, subquestions=None, exemplars=(), facts=Fal
 class Truster:
     """Scores answers: one scalar for a question and a text, the higher the better (paper, section 3.4)."""
 
-    def __init__(self, folder, batch_tokens=16384):
-        self.about = read_about(folder, "train_truster.py")
+    def __init__(self, folder, batch_tokens=16384, about=None):
+        self.about = about or read_about(folder, "train_truster.py")
         base = load_scorer(self.about["model"], self.about["bits"], self.about["seed"])
         with loading(folder):
             self.model = PeftModel.from_pretrained(base, folder).eval()
@@ -733,7 +741,9 @@ class Truster:
 def score_batch(model, ids, mask):
     """Scores (rows,) of token ids (rows, length) padded on the left; the last token carries the score."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.autocast(ids.device.type, compute_dtype(), enabled=ids.is_cuda):  # fp32 head, 16-bit input
+    dtype = getattr(model, "module", model).get_input_embeddings().weight.dtype
+    # the head is in fp32, what it reads may not be
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 0].float()
 
 
@@ -768,7 +778,7 @@ class Shelf:
 
 @contextlib.contextmanager
 def lock(folder):
-    """One process at a time in a folder; the lock goes with the process, however it ends."""
+    """One process at a time writes in a folder; the lock goes with the process, however it ends."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -797,9 +807,17 @@ def data_hash(task, splits=("train", "dev"), data=ROOT / "data"):
 
 def provenance():
     """Versions of the packages and the commit of the kit, for the record (they are not compared)."""
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     packages = ("torch", "transformers", "bitsandbytes", "peft", "numpy")
-    return {"commit": git.stdout.strip() or None, "versions": {name: version(name) for name in packages}}
+    return {"commit": commit, "versions": {name: version(name) for name in packages}}
+
+
+def short_hash(value):
+    """A hash of any JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def require_same(before, now, what, mend):
@@ -858,10 +876,14 @@ def add_lora(model, task_type, rank, start=None):
 
     `start` is the folder of an adapter to go on from.
     """
-    if torch.cuda.is_available():  # switches gradient checkpointing on too
+    if torch.cuda.is_available() and getattr(model, "is_loaded_in_4bit", False):
+        dtype = model.get_input_embeddings().weight.dtype  # norms in fp32, gradient checkpointing on
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
         for embedding in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-            embedding.to(compute_dtype())  # frozen, and gigabytes in fp32 where the vocabulary is large
+            embedding.to(dtype)  # frozen, and gigabytes in fp32 where the vocabulary is large
+    elif torch.cuda.is_available():
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     if start:
         model = PeftModel.from_pretrained(model, start, is_trainable=True)
     else:
@@ -894,7 +916,7 @@ class StopOnNonFinite(transformers.TrainerCallback):
     """End training at the first loss or gradient that is not finite, instead of averaging it away."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "grad_norm"):
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):  # fp16 skips steps whose gradient overflows
             if not math.isfinite(logs.get(name, 0)):
                 raise UserError(f"{name} is {logs[name]} at step {state.global_step}: lower --lr, or on a card without "
                                 "bf16 use --bits 32; the last checkpoint is kept")
@@ -906,6 +928,7 @@ class LossTrainer(transformers.Trainer):
     def __init__(self, *args, loss, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss, self.loss_is_scaled_for_ga = loss, False
+        self.model_accepts_loss_kwargs = False  # says the same to transformers before 5.19
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.loss(model, inputs)
@@ -913,7 +936,7 @@ class LossTrainer(transformers.Trainer):
 
 def fine_tune(model, examples, collate, loss, args, folder, epochs):
     """Train the adapter of `model` on `examples`, going on from a checkpoint in folder/checkpoints; returns the log."""
-    dtype, cuda = compute_dtype(), torch.cuda.is_available()
+    dtype, cuda = compute_dtype(args.bits), torch.cuda.is_available()
     settings = transformers.TrainingArguments(
         output_dir=str(Path(folder) / "checkpoints"), num_train_epochs=epochs, learning_rate=args.lr,
         lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=1.0, per_device_train_batch_size=args.batch_size,
@@ -923,10 +946,11 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
         report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda)
     trainer = LossTrainer(model, settings, collate, examples, callbacks=[StopOnNonFinite()], loss=loss)
     trainer.remove_callback(transformers.PrinterCallback)
-    started = any((Path(folder) / "checkpoints").glob("checkpoint-*"))
-    if started:
-        print(f"going on from the last checkpoint in {folder}/checkpoints")
-    trainer.train(resume_from_checkpoint=started)
+    whole = [path.parent for path in Path(folder).glob("checkpoints/*/trainer_state.json")]  # a file written last
+    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    if last:
+        print(f"going on from {last}")
+    trainer.train(resume_from_checkpoint=last and str(last))
     model.save_pretrained(folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"steps": trainer.state.global_step, "examples": len(examples), "loss": losses[-1] if losses else None,
@@ -939,10 +963,11 @@ def load_samples(args, records):
     samples = {}
     for row in read_jsonl(path, mend):
         samples.setdefault(row["id"], []).append(row)
-    if lacking := sum(record["id"] not in samples for record in records):
-        raise UserError(f"{path} lacks {lacking} of the {len(records)} questions: {mend} and the same --limit")
-    return ({name: sorted(rows, key=lambda row: row["sample"]) for name, rows in samples.items()},
-            hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+    most = max(map(len, samples.values()), default=1)  # dev has one more than train, its greedy draft
+    if lacking := sum(len(samples.get(record["id"], ())) < most - 1 for record in records):
+        raise UserError(f"{path} lacks samples of {lacking} of {len(records)} questions: {mend} and the same --limit")
+    samples = {record["id"]: sorted(samples[record["id"]], key=lambda row: row["sample"]) for record in records}
+    return samples, short_hash(samples)
 
 
 def drop_long(examples, max_length):
@@ -950,6 +975,8 @@ def drop_long(examples, max_length):
     def length(example):
         return max(map(len, example["rows"])) if "rows" in example else len(example["prompt"]) + len(example["target"])
     kept = [example for example in examples if length(example) <= max_length]
+    if not kept:
+        raise UserError(f"all {len(examples)} training examples exceed --max-length {max_length} tokens: raise it")
     if len(kept) < len(examples):
         print(f"{len(examples) - len(kept)} of {len(examples)} examples left out: over --max-length {max_length}")
     return kept
@@ -975,7 +1002,7 @@ def already_trained(folder, about):
     """The finished args.json of `folder` if made by `about`; None if nothing is there; refused if made otherwise."""
     path = Path(folder) / "args.json"
     if not path.is_file():
-        claim(Path(folder) / "training", about)
+        claim(Path(folder) / "checkpoints", about)
         return None
     before = json.loads(path.read_text())
     require_same(before, about, folder, "delete that folder or give another --run")
@@ -1029,7 +1056,7 @@ PRESETS = {  # sizes alone; "all" for every script, the rest for the script of t
     "24gb": {
         "all": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf",
                 "truster_model": "NousResearch/Llama-2-13b-hf", "k": 5, "shots": 8, "max_new_tokens": 256,
-                "batch_tokens": 32768, "rank": 16, "lr": 2e-4, "max_length": 512, "save_steps": 100},
+                "batch_tokens": 16384, "rank": 16, "lr": 2e-4, "max_length": 512, "save_steps": 100},
         "train_asker": {"batch_size": 8, "accumulate": 4, "task_epochs": 3, "epochs": 1},
         "train_truster": {"batch_size": 2, "accumulate": 8, "epochs": 1}},
 }
@@ -1076,6 +1103,9 @@ def parse(parser, script, argv=None):
     preset = PRESETS[args.preset]
     for key, value in {**preset["all"], **preset.get(script, {})}.items():
         if getattr(args, key, value) is None:
+            if key == "shots":  # a task may have fewer exemplars than the preset would show
+                path = find_exemplars(args.task, args.data)
+                value = min(value, len(read_jsonl(path))) if path.is_file() else 0
             setattr(args, key, value)
     if args.preset != "toy" and not torch.cuda.is_available():
         raise UserError(f"--preset {args.preset} needs a CUDA GPU and none is here: on a CPU use --preset toy, "
@@ -1090,7 +1120,8 @@ def fingerprint(args, model, keys):
     """What makes an output: model, data, prompts and the arguments named by `keys`."""
     return {"task": args.task, "data_sha256": data_hash(args.task, data=args.data), "model": model,
             "revision": model_revision(model), "prompt_version": PROMPT_VERSION,
-            **{key: getattr(args, key) for key in keys}}
+            **{key: getattr(args, key) for key in keys},
+            **({"exemplars": short_hash(load_exemplars(args.task, args.shots, args.data))} if "shots" in keys else {})}
 
 
 def sample(args):
@@ -1110,7 +1141,7 @@ def sample(args):
         return stage(path, label, [record["id"] for record in records], batches, first + k)
 
     with lock(args.runs / args.task):
-        claim(path, fingerprint(args, args.model, [*LLM_KEYS, "seed", "k", "temperature"]))
+        claim(path, fingerprint(args, args.model, [*LLM_KEYS, "seed", "temperature"]))
         lm = LM(args.model, args.bits, args.batch_tokens, args.chat)
         print(f"{args.model}: {args.shots} exemplars, {'chat template' if lm.chat else 'plain text'}")
         groups = draw("sample train", lm, train, args.k, args.temperature)
@@ -1126,6 +1157,15 @@ def sample(args):
           f"{sum(r['answer'] is None for r in rows)} without an answer, {sum(not r['stopped'] for r in rows)} cut off, "
           f"{sum(r['tokens'] for r in rows)} tokens; greedy drafts of {len(dev)} dev questions "
           f"{np.mean([group[0]['correct'] for group in drafts.values()]):.1%} right")
+
+
+def show(value, form=".1%"):
+    """A figure as text; "-" where there is none.
+
+    >>> show(0.5), show(None)
+    ('50.0%', '-')
+    """
+    return "-" if value is None else format(value, form)
 
 
 def show_record(parts):

@@ -75,20 +75,25 @@ def compare(row, other, seed):
 def run_stages(args, dev, test):
     """The records of dev and test with candidates, ask and trust filled in as DESIGN's record has them."""
     shelf, records, task = art.Shelf(args), dev + test, args.task
-    folder, llm = shelf.folder / "stages", art.fingerprint(args, args.model, art.LLM_KEYS)
+    llm = art.fingerprint(args, args.model, art.LLM_KEYS)
     settings = {"exemplars": art.load_exemplars(task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
-    samples, samples_hash = art.load_samples(args, dev)
+    samples, _ = art.load_samples(args, dev)
+    dev_drafts = [samples[record["id"]][0] for record in dev]
     path = args.runs / task / "samples.jsonl"  # holds the drafts of dev
     made_by = json.loads(path.with_suffix(".args.json").read_text())
     art.require_same(made_by, llm, path, "give the flags you gave art.py sample")
     supported = {**settings, "facts": args.facts != "none"}
 
     def stage(name, made_by, over, batches):
-        """Rows of one stage in the order of `over`, kept in a file whose name follows from all that makes them."""
-        digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:10]
-        path = folder / f"{name}-{digest}.jsonl"
-        art.claim(path, made_by)
-        rows = art.stage(path, name, [record["id"] for record in over], batches)
+        """Rows of one stage in the order of `over`, kept in a file whose name follows from all that makes them.
+
+        What the LLM makes without an adapter is kept for all runs of the task, so that seeds and ablations share it.
+        """
+        digest = art.short_hash(made_by)
+        folder = (shelf.folder if "asker" in made_by else args.runs / task) / "stages"
+        with art.lock(folder):
+            art.claim(folder / f"{name}-{digest}.jsonl", made_by)
+            rows = art.stage(folder / f"{name}-{digest}.jsonl", name, [record["id"] for record in over], batches)
         return [rows[record["id"]][0] for record in over], {**made_by, name: digest}
 
     def adapter(name):
@@ -100,10 +105,10 @@ def run_stages(args, dev, test):
             shift = shelf.about["asker"]["shift"]
             yield from art.ask(lm, task, records, drafts, shift=shift, max_new_tokens=args.max_new_tokens, done=done)
 
-    by = {**llm, "test": art.data_hash(task, ["test"], args.data), "samples": samples_hash}
+    by = {**llm, "test": art.data_hash(task, ["test"], args.data), "drafts": art.short_hash(dev_drafts)}
     initial, by = stage("initial", by, test, lambda done: art.predict(
         shelf.get("llm"), task, test, strategy=args.strategy, facts=args.facts == "both", done=done, **settings))
-    initial = [samples[record["id"]][0] for record in dev] + initial
+    initial = dev_drafts + initial
     drafts = [row["text"] for row in initial]
 
     asked_self, by_self = stage("ask_self", by, records, lambda done: art.ask(
@@ -184,12 +189,13 @@ def cost(row, records, refine, models):
     if "asker" in (decides, SUBQUESTIONS[refinement]) or decides == "random":
         add("asker", lambda r: r["ask"]["asker"], every)
     if refinement:
-        add("llm", lambda r: r["candidates"][refinement], refine.astype(int))
+        add("llm", lambda r: r["candidates"][refinement], refine.astype(float))
     if chooses == "truster":  # reads the question with each of the two texts
         read = [r["trust"]["truster"]["prompt_tokens"] for r in records]
         used["truster"][0] += sum(take * tokens for take, tokens in zip(refine.astype(int), read))
-    return {name: {"prompt_tokens": int(a) / n, "tokens": int(b) / n,
-                   "flops": 2 * models[name]["parameters"] * int(a + b) / n} for name, (a, b) in used.items() if a + b}
+    return {name: {"prompt_tokens": float(a) / n, "tokens": float(b) / n,
+                   "flops": 2 * models[name]["parameters"] * float(a + b) / n}
+            for name, (a, b) in used.items() if a + b}
 
 
 def make_rows(args, dev, test, models):
@@ -240,7 +246,7 @@ def table(results):
         versus = [f"{c['delta']:+.1%} | {c['p']:.2g}" if c else "- | -"
                   for c in (row["vs_initial"], row["vs_self_refine"])]
         flips = row["flips"] or {"wrong_right": "-", "right_wrong": "-"}
-        same = "-" if row["same_answer"] is None else f"{row['same_answer']:.0%}"
+        same = art.show(row["same_answer"], ".0%")
         counts = ["-" if row[key] is None else str(row[key]) for key in ("unparsed", "cut_off")]
         tokens = sum(c["prompt_tokens"] + c["tokens"] for c in row["cost"].values())
         if row["row"] == "oracle_gate":
@@ -248,7 +254,7 @@ def table(results):
         lines.append(f"| {row['row']} | {row['accuracy']:.1%} ({low:.1%} to {high:.1%}) | {' | '.join(versus)} | "
                      f"{flips['wrong_right']} | {flips['right_wrong']} | {row['refined_share']:.0%} | {same} | "
                      f"{' | '.join(counts)} | {tokens:.0f} |")
-    gates = [f"{name} {value['auc']:.3f}" if value["auc"] is not None else f"{name} not defined"
+    gates = [f"{name} {art.show(value['auc'], '.3f')}"
              for name, value in results["decision"].items()]
     lines += ["", f"{results['n']} questions, seed {results['seed']}. Mended and broken: wrong drafts made right, "
               "right drafts made wrong. Tokens: read and written by all models, per question.",
@@ -301,8 +307,9 @@ def summary(folder, names):
         if not path.is_file():
             raise art.UserError(f"{path} is missing: make it with: python evaluate.py --run {name}")
         runs.append(json.loads(path.read_text()))
-    art.require_same(*({key: run[key] for key in ("task", "n", "data_sha256")} for run in (runs[0], runs[-1])), folder,
-                     "give runs on the same questions")
+    for name, run in zip(names, runs):
+        same = {key: runs[0][key] for key in ("task", "n", "data_sha256", "models")}
+        art.require_same(run, same, folder / name, "give runs of the same models on the same questions")
     lines = ["| row | mean accuracy | lowest to highest | vs initial (p of each run) | vs self_refine (p of each) |",
              "| --- " * 5 + "|"]
     for rows in zip(*(run["rows"] for run in runs)):
@@ -312,7 +319,8 @@ def summary(folder, names):
                   if rows[0][key] else "-" for key in ("vs_initial", "vs_self_refine")]
         lines.append(f"| {rows[0]['row']} | {np.mean(accuracy):.1%} | {min(accuracy):.1%} to {max(accuracy):.1%} | "
                      f"{' | '.join(versus)} |")
-    areas = {gate: ", ".join(f"{run['decision'][gate]['auc']:.3f}" for run in runs) for gate in ("asker", "self")}
+    areas = {gate: ", ".join(art.show(run["decision"][gate]["auc"], ".3f") for run in runs)
+             for gate in ("asker", "self")}
     return "\n".join([*lines, "", f"{len(runs)} runs ({', '.join(names)}), the same {runs[0]['n']} questions in each. "
                       f"Decision to refine, AUC of each run: asker {areas['asker']}; self {areas['self']}."])
 
@@ -342,13 +350,17 @@ def main():
             "decision": {name: {"auc": art.auc([r["ask"][name]["p_refine"] for r in test], wrong)}
                          for name in ("asker", "self")},
             "rows": rows}
+        path = folder / "results.json"
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        if all(before.get(key) == results[key] for key in ("task", "models", "n", "data_sha256", "rows")):
+            results |= {key: before[key] for key in ("commit", "versions", "seconds")}  # of the run that made them
         for record, taken in zip(test, takes["art"]):
             record["final"] = record["candidates"]["refined" if taken else "initial"]["answer"]
         art.write_jsonl(folder / "records.jsonl", test)
         art.write_text(folder / "flips.txt", flips(args.task, test, takes["art"]))
         art.write_text(folder / "table.md", table(results))
         picture(results, folder / "results.png")
-        art.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        art.write_text(path, json.dumps(results, indent=1) + "\n")
     print(table(results))
     print(f"{folder}: results.json, table.md, records.jsonl, flips.txt ({results['seconds']:.0f} s)")
 

@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 import torch
-from peft import TaskType
 from torch.nn.functional import cross_entropy
 
 import art
@@ -52,7 +51,7 @@ def ask_examples(records, samples, tokenizer, decision_ids):
     share = float(np.mean(labels)) if labels else 0.0
     if not 0 < share < 1:
         raise art.UserError(f"{len(labels)} drafts of which {share:.0%} are wrong: the Asker needs right and wrong "
-                            "ones; draw more: python art.py sample --k 8 (or --temperature 1), or use another --model")
+                            "ones; draw more with: python art.py sample --k 8, or use another --model and --runs")
     for example, wrong in zip(examples, labels):
         example["weight"] = 0.5 / (share if wrong else 1 - share)
     return examples, share
@@ -126,6 +125,8 @@ def main():
     train, dev = (art.load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
     samples, samples_hash = art.load_samples(args, train + dev)
     train = [record for record in train if record.get("solution")]
+    if not train:
+        raise art.UserError(f"no training question of {args.task} has a `solution`: there is nothing to learn from")
     folder = args.runs / args.task / args.run
     keys = ["bits", "seed", "limit", "lr", "rank", "batch_size", "accumulate", "max_length", "task_epochs"]
     about = art.fingerprint(args, args.asker_model, keys)
@@ -138,9 +139,10 @@ def main():
         if args.task_epochs and not art.already_trained(folder / "finetuned", task_about):
             examples = art.drop_long(task_examples(train, tokenizer), args.max_length)
             show_example(tokenizer, examples[0])
-            model = art.add_lora(art.load_base(args.asker_model, args.bits), TaskType.CAUSAL_LM, args.rank)
+            model = art.add_lora(art.load_base(args.asker_model, args.bits), art.TaskType.CAUSAL_LM, args.rank)
             trained = art.fine_tune(model, examples, collate, asker_loss, args, folder / "finetuned", args.task_epochs)
             art.write_about(folder / "finetuned", {**task_about, **trained})
+            del model
         asker_about = {**about, "stage": "asker", "epochs": args.epochs, "samples_sha256": samples_hash}
         if art.already_trained(folder / "asker", asker_about):
             return
@@ -150,7 +152,8 @@ def main():
         show_example(tokenizer, examples[0])
         base = art.load_base(args.asker_model, args.bits)
         start = folder / "finetuned" if args.task_epochs else None
-        model = art.add_lora(base, TaskType.CAUSAL_LM, args.rank, start)
+        (folder / "asker/dev.jsonl").unlink(missing_ok=True)  # of an earlier adapter
+        model = art.add_lora(base, art.TaskType.CAUSAL_LM, args.rank, start)
         trained = art.fine_tune(model, examples, collate, asker_loss, args, folder / "asker", args.epochs)
         del model, base
         shift = math.log(share / (1 - share))
@@ -158,10 +161,10 @@ def main():
         figures = dev_figures(args, lm, folder / "asker", dev, {name: rows[0] for name, rows in samples.items()}, shift)
         art.write_about(folder / "asker", {**asker_about, **trained, "shift": shift, "threshold": figures["threshold"],
                                            "dev": figures})
-    print(f"{folder / 'asker'}: on {figures['n']} greedy drafts of dev, {figures['wrong_drafts']:.1%} of them wrong, "
-          f"decisions {figures['decision_accuracy']:.1%} right, AUC {figures['auc']:.3f}, precision "
-          f"{figures['precision']:.1%}, recall {figures['recall']:.1%}; gold sub-questions word for word "
-          f"{figures['gold_subquestions']:.1%}")
+    print(f"{folder / 'asker'}: on {figures['n']} greedy drafts of dev, {figures['wrong_drafts']:.1%} wrong, AUC "
+          f"{art.show(figures['auc'], '.3f')}; at the threshold that is best there {figures['decision_accuracy']:.1%} "
+          f"of the decisions right, precision {art.show(figures['precision'])}, recall {art.show(figures['recall'])}; "
+          f"gold sub-questions word for word {figures['gold_subquestions']:.1%}")
 
 
 def show_example(tokenizer, example):

@@ -10,7 +10,6 @@ import argparse
 
 import numpy as np
 import torch
-from peft import TaskType
 from torch.nn.functional import logsigmoid
 
 import art
@@ -86,22 +85,21 @@ def main():
             return
         groups = contrast(train, samples, tokenizer)
         print(f"{len(groups)} of {len(train)} questions have both right and wrong samples")
-        groups = art.drop_long(groups, args.max_length)
         if len(groups) < MIN_QUESTIONS:
             raise art.UserError(f"only {len(groups)} questions have both right and wrong samples, the Truster needs "
-                                f"{MIN_QUESTIONS}: draw more with: python art.py sample --k 8 (or --temperature 1, or "
-                                "more questions), or use another --model")
+                                f"{MIN_QUESTIONS}: draw more with: python art.py sample --k 8, take more questions, or "
+                                "use another --model with another --runs")
+        groups = art.drop_long(groups, args.max_length)
         art.show_record({f"example, {'right' if correct else 'wrong'}": tokenizer.decode(row)
                          for row, correct in zip(groups[0]["rows"], groups[0]["correct"])})
         base = art.load_scorer(args.truster_model, args.bits, args.seed)
-        model = art.add_lora(base, TaskType.SEQ_CLS, args.rank)
+        model = art.add_lora(base, art.TaskType.SEQ_CLS, args.rank)
         art.check_scorer(model)
         collate = make_collate(tokenizer.pad_token_id)
         trained = art.fine_tune(model, groups, collate, truster_loss, args, folder, args.epochs)
         del model, base
-        # what is measured and shipped is what a fresh process will load: the adapter on disk, not the one in memory
-        art.write_about(folder, {**about, **trained})
-        figures = dev_figures(art.Truster(folder), dev, samples)
+        # what is measured is what a fresh process will load: the adapter on disk, not the one in memory
+        figures = dev_figures(art.Truster(folder, about=about), dev, samples)
         art.write_about(folder, {**about, **trained, "dev": figures})
     if figures["pairs"]:
         print(f"{folder}: gets {figures['pairwise_accuracy']:.1%} of {figures['pairs']} right/wrong pairs of dev right")

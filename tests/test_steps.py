@@ -233,9 +233,13 @@ def test_truster_head_is_checked():
 
 
 def test_training_stops_at_nan():
-    state = transformers.TrainerState()
+    state, stop = transformers.TrainerState(), art.StopOnNonFinite().on_log
+    settings = transformers.TrainingArguments(use_cpu=True)
     with pytest.raises(art.UserError, match="loss is nan at step 0"):
-        art.StopOnNonFinite().on_log(None, state, None, logs={"loss": float("nan")})
+        stop(settings, state, None, logs={"loss": float("nan")})
+    with pytest.raises(art.UserError, match="grad_norm is inf"):
+        stop(settings, state, None, logs={"loss": 1.0, "grad_norm": float("inf")})
+    stop(settings, state, None, logs={"loss": 1.0, "grad_norm": 3.0})
 
 
 def test_records_are_plain_json(tmp_path):

@@ -57,10 +57,10 @@ def main(argv=None):
     if args.official:
         if not args.official.is_file():
             raise art.UserError(f"no file {args.official}: give the official strategyqa_train.json, or no --official")
-        items = json.loads(args.official.read_text())
+        items = json.loads(args.official.read_bytes())
     else:
         paths = [art.fetch(name, URL, SHA256[name], args.out / "strategyqa/raw", args.files) for name in SHA256]
-        items = sorted((item for path in paths for item in json.loads(path.read_text())), key=lambda item: item["qid"])
+        items = sorted((item for path in paths for item in json.loads(path.read_bytes())), key=lambda item: item["qid"])
     size = len(items) // 5
     art.write_splits(args.out, "strategyqa", [convert(item, "train") for item in items[size:]],
                      [convert(item, "test") for item in items[:size]], DEV)

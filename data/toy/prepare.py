@@ -133,9 +133,10 @@ def make_split(name, size, seed, taken):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, size in (("train", 1500), ("dev", 300), ("test", 1000)):
+    # the seed of test was drawn at random after the base model was frozen
+    for name, size, seed in (("train", 1500, 0), ("dev", 300, 0), ("test", 1000, 62513)):
         parser.add_argument(f"--{name}", type=int, default=size, help=f"questions ({size}: minutes on a laptop)")
-        parser.add_argument(f"--{name}-seed", type=int, default=0, help=f"of {name} (0)")
+        parser.add_argument(f"--{name}-seed", type=int, default=seed, help=f"of {name} ({seed})")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="output folder (data/toy)")
     args, taken = parser.parse_args(), set()
     for name in ("train", "dev", "test"):

@@ -42,8 +42,6 @@ def attempt(rng, problem, rate, basket=0.03):
     """(sub-questions, text of a plain answer, answer) of a reader."""
     reading = read(rng, rate, basket if problem.basket else 0)
     solution, answer = solve(problem, reading)
-    if not solution:  # all that was asked was left out: read the last sentence again
-        return attempt(rng, problem, rate, basket)
     return [subquestion for subquestion, _ in solution], art.solution_text(solution, answer), answer
 
 
