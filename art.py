@@ -579,10 +579,11 @@ class LM:
                 for i in range(count)]
         written, alive = [[] for _ in range(count)], list(range(count))  # alive: which generation each batch row is
         deciding = [options is not None and options[1]] * count  # rows whose next token is the decision
+        ended = [False] * count
         for step in range(max_new_tokens + 1):
             if options is not None:
                 for row, index in enumerate(alive):
-                    if deciding[index]:
+                    if deciding[index] and not ended[index]:
                         made[index]["logit"] = (logits[row, options[0][0]] - logits[row, options[0][1]]).item()
             logprobs = logits.log_softmax(-1)
             tokens = (logits.argmax(-1) if temperature == 0 else
@@ -591,12 +592,13 @@ class LM:
             may_stop = self._may_stop[tokens.cpu().clamp(max=len(self._may_stop) - 1)]
             stay = []
             for row, (index, token) in enumerate(zip(alive, tokens.tolist())):
-                if deciding[index] or step == max_new_tokens:  # decided, or cut off
+                if ended[index] or deciding[index] or step == max_new_tokens:  # or cut off
+                    ended[index] = True
                     continue
                 made[index]["logprob"] += chosen[row]
                 made[index]["tokens"] += 1
                 if token in self.ends:
-                    made[index]["stopped"] = True
+                    made[index]["stopped"] = ended[index] = True
                     continue
                 written[index].append(token)
                 if stop is not None and may_stop[row]:
@@ -604,13 +606,13 @@ class LM:
                     if match := stop.search(text):
                         made[index]["stopped"] = True
                         written[index] = text[: match.end()]
-                        if options is None:
+                        ended[index], deciding[index] = options is None, options is not None
+                        if ended[index]:
                             continue
-                        deciding[index] = True
                 stay.append(row)
             if not stay:
                 break
-            if len(stay) < len(alive):  # finished rows leave the batch
+            if len(stay) <= 0.75 * len(alive):  # ended rows leave, several at once since that copies the cache
                 keep = torch.tensor(stay, device=device)
                 cache.batch_select_indices(keep)
                 tokens, mask, positions = tokens[keep], mask[keep], positions[keep]

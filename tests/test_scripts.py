@@ -52,9 +52,41 @@ def test_results(kit):
     assert "| art |" in kit.out["evaluate"] and "== mended: " in (folder / "flips.txt").read_text()
 
 
+def test_costs_follow_the_records(kit):
+    """Tokens a question, counted again from the records: who reads and writes what in each row."""
+    folder = kit.runs / "toy/default"
+    rows = {row["row"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+    records = art.read_jsonl(folder / "records.jsonl")
+
+    def mean(*parts):
+        return np.mean([sum(part(record)["tokens"] for part in parts) for record in records])
+
+    draft, refined = (lambda r, name=name: r["candidates"][name] for name in ("initial", "refined"))
+    assert rows["initial"]["cost"]["llm"]["tokens"] == pytest.approx(mean(draft))
+    assert rows["refine_always"]["cost"]["llm"]["tokens"] == pytest.approx(mean(draft, refined))
+    assert rows["always_truster"]["cost"]["asker"]["tokens"] == pytest.approx(mean(lambda r: r["ask"]["asker"]))
+    share = rows["asker"]["refined_share"]
+    assert rows["random_gate"]["cost"]["llm"]["tokens"] == pytest.approx(mean(draft) + share * mean(refined))
+    cost = rows["always_truster"]["cost"]["truster"]
+    parameters = art.parameters("data/toy/base")
+    assert cost["tokens"] == 0 and cost["flops"] == pytest.approx(2 * parameters * cost["prompt_tokens"])
+
+
+def test_summary(kit, monkeypatch, capsys):
+    flags = ["--data", kit.data, "--runs", kit.runs, "--summary", "default"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "default"])
+    art.run(evaluate.main)
+    out = capsys.readouterr().out
+    rows = json.loads((kit.runs / "toy/default/results.json").read_text())["rows"]
+    accuracy = next(row["accuracy"] for row in rows if row["row"] == "art")
+    assert f"| art | {accuracy:.1%} | " in out and "2 runs (default, default)" in out
+    assert "nobody" in refused(monkeypatch, capsys, "evaluate", *flags, "nobody")
+
+
 def test_second_run_redoes_nothing(kit):
     before = kit.files()
     results = kit.runs / "toy/default"
+    rows = json.loads((results / "results.json").read_text())["rows"]
     derived = {results / name for name in ("results.json", "records.jsonl", "flips.txt", "table.md", "results.png")}
     for script in TINY:
         done = kit(script)
@@ -62,6 +94,7 @@ def test_second_run_redoes_nothing(kit):
     after = kit.files()
     assert after.keys() == before.keys()
     assert {path for path in before if before[path] != after[path]} <= derived  # computed from the rest, in no time
+    assert json.loads((results / "results.json").read_text())["rows"] == rows
 
 
 def test_training_is_qlora(kit):
@@ -222,6 +255,17 @@ def test_missing_model(monkeypatch, capsys, copy, tmp_path):
         shutil.copy(ROOT / "data/toy/base" / name, tmp_path / "pickled" / name)
     torch.save({}, tmp_path / "pickled/pytorch_model.bin")
     assert "safetensors" in refused(monkeypatch, capsys, "sample", *flags, "--model", tmp_path / "pickled")
+
+
+def test_no_git_and_no_exemplars(monkeypatch, tmp_path):
+    """A machine without git, and a --data folder without exemplars: the kit's own are used, as many as there are."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert art.provenance()["commit"] is None and "torch" in art.provenance()["versions"]
+    assert art.find_exemplars("gsm8k-offline", tmp_path) == ROOT / "data/gsm8k/exemplars.jsonl"
+    monkeypatch.setitem(art.PRESETS["toy"]["all"], "shots", 8)
+    parser = art.argparse.ArgumentParser(parents=[art.make_parser(llm=True)])
+    shots = [art.parse(parser, "evaluate", ["--task", task]).shots for task in ("gsm8k", "strategyqa", "toy")]
+    assert shots == [8, 6, 0]
 
 
 def test_second_process_is_refused(monkeypatch, capsys, copy):
