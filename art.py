@@ -945,9 +945,8 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
         gradient_accumulation_steps=args.accumulate, optim="paged_adamw_8bit" if cuda else "adamw_torch",
         seed=args.seed, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
         logging_steps=10, logging_nan_inf_filter=False, save_steps=args.save_steps, save_total_limit=1,
-        report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda)
+        report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda, disable_tqdm=False)
     trainer = LossTrainer(model, settings, collate, examples, callbacks=[StopOnNonFinite()], loss=loss)
-    trainer.remove_callback(transformers.PrinterCallback)
     whole = [path.parent for path in Path(folder).glob("checkpoints/*/trainer_state.json")]  # a file written last
     last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     if last:

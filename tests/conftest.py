@@ -48,11 +48,11 @@ def kit(tmp_path_factory):
     """All five commands, run in order."""
     kit = Kit(tmp_path_factory.mktemp("kit"))
     make_data(kit.data)
-    kit.out = {}
+    kit.out, kit.err = {}, {}
     for script in TINY:
         done = kit(script)
         assert done.returncode == 0, done.stderr[-3000:]
-        kit.out[script] = done.stdout
+        kit.out[script], kit.err[script] = done.stdout, done.stderr
     return kit
 
 

@@ -83,6 +83,11 @@ def test_summary(kit, monkeypatch, capsys):
     assert "nobody" in refused(monkeypatch, capsys, "evaluate", *flags, "nobody")
 
 
+@pytest.mark.parametrize("script", TINY)
+def test_progress_is_shown(kit, script):
+    assert "%|" in kit.err[script] and ("loss" in kit.err[script] + kit.out[script]) == script.startswith("train")
+
+
 def test_second_run_redoes_nothing(kit):
     before = kit.files()
     results = kit.runs / "toy/default"
