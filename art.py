@@ -1046,7 +1046,7 @@ PRESETS = {  # sizes alone; "all" for every script, the rest for the script of t
         "all": {"model": "data/toy/base", "asker_model": "data/toy/base", "truster_model": "data/toy/base",
                 "k": 4, "shots": 0, "max_new_tokens": 96, "batch_tokens": 40000,
                 "rank": 16, "lr": 2e-3, "max_length": 512, "save_steps": 50},
-        "train_asker": {"batch_size": 32, "accumulate": 1, "task_epochs": 2, "epochs": 2},
+        "train_asker": {"batch_size": 32, "accumulate": 1, "task_epochs": 1, "epochs": 1},
         "train_truster": {"batch_size": 8, "accumulate": 1, "epochs": 1}},
     "t4": {
         "all": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",

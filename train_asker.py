@@ -157,7 +157,7 @@ def main():
         trained = art.fine_tune(model, examples, collate, asker_loss, args, folder / "asker", args.epochs)
         del model, base
         shift = math.log(share / (1 - share))
-        lm = art.LM(args.asker_model, args.bits, 4096, chat="no")
+        lm = art.LM(args.asker_model, args.bits, art.PRESETS[args.preset]["all"]["batch_tokens"], chat="no")
         figures = dev_figures(args, lm, folder / "asker", dev, {name: rows[0] for name, rows in samples.items()}, shift)
         art.write_about(folder / "asker", {**asker_about, **trained, "shift": shift, "threshold": figures["threshold"],
                                            "dev": figures})
