@@ -219,6 +219,7 @@ _SKIP = r"(?!#)(?=[^\w\n#]{0,10}\w)[^\w\n#]{0,10}(?:\\[a-zA-Z]{1,9}[^\w\n#]{1,5}
 _YES_NO = r"((?i:yes|no|true|false))\b(?![-/]|(?i: or| one| longer| doubt| matter)\b)"  # not: yes/no, no one, no doubt
 _PHRASE = r"\b(?i:answer(?: to (?:the|this) question)?\W{0,4}(?:is\b|:|=))"  # the answer is; **Answer:**; answer =
 _WINDOW = 5000  # an answer line is read so far, and the fallbacks read so many last characters: junk costs no time
+_HEAD = 100_000  # an answer line is looked for in so many first characters, then in the last ones
 
 # The explicit answer line, `#### 18` or `#### yes`; not a heading as `#### Step 1: ...` or `#### 1. Find ...`.
 ANSWER_LINE = {"number": "####" + _SKIP + r"(?![0-9][.):][ *]{1,3}[A-Za-z])[0-9]", "yes/no": "####" + _SKIP + _YES_NO}
@@ -276,10 +277,11 @@ def extract_answer(task, text):
     ('no', None)
     """
     text, kind = text or "", TASKS[task]["answer"]
-    line, tail = re.search(ANSWER_LINE[kind], text), text[-_WINDOW:]
+    head, tail = text[:_HEAD], text[-_WINDOW:]  # a page of junk costs no time
+    line = re.search(ANSWER_LINE[kind], head) or re.search(ANSWER_LINE[kind], tail)
     if kind == "number":
         if line:
-            return _number(text[line.start() + 4 :])
+            return _number(line.string[line.start() + 4 :])
         for marker in (r"\\boxed", _PHRASE):
             found = list(re.finditer(marker + "(?=" + _SKIP + "[0-9])", tail))
             if found:
