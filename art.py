@@ -834,11 +834,16 @@ def require_same(before, now, what, mend):
 LLM_KEYS = ["bits", "strategy", "facts", "shots", "chat", "max_new_tokens"]  # what an LLM's answers depend on
 
 
+def write_about(path, about):
+    """What made an output, beside it. An adapter's args.json is written last: a folder with it is complete."""
+    write_text(path, json.dumps({**about, "provenance": provenance()}, indent=1) + "\n")
+
+
 def claim(path, made_by):
     """Write beside `path` what makes it; refuse, naming the difference, if something else already did."""
     about = Path(path).with_suffix(".args.json")
     if not about.exists():
-        write_text(about, json.dumps({**made_by, "provenance": provenance()}, indent=1) + "\n")
+        write_about(about, made_by)
         return
     mend = f"delete it (and {about.name}) or give another --run or --runs"
     require_same(json.loads(about.read_text()), made_by, path, mend)
@@ -939,7 +944,7 @@ class LossTrainer(transformers.Trainer):
 
 
 def fine_tune(model, examples, collate, loss, args, folder, epochs):
-    """Train the adapter of `model` on `examples`, going on from a checkpoint in folder/checkpoints; returns the log."""
+    """Train the adapter of `model` on `examples`, going on from its last checkpoint; returns figures of it."""
     dtype, cuda = compute_dtype(args.bits), torch.cuda.is_available()
     settings = transformers.TrainingArguments(
         output_dir=str(Path(folder) / "checkpoints"), num_train_epochs=epochs, learning_rate=args.lr,
@@ -961,7 +966,7 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
 
 
 def load_samples(args, records):
-    """({id: rows in order of "sample"}, hash of the file) from `python art.py sample`, for all of `records`."""
+    """({id: rows in order of "sample"}, hash of that) from `python art.py sample`, for all of `records`."""
     path, mend = args.runs / args.task / "samples.jsonl", f"make it with: python art.py sample --task {args.task}"
     samples = {}
     for row in read_jsonl(path, mend):
@@ -983,11 +988,6 @@ def drop_long(examples, max_length):
     if len(kept) < len(examples):
         print(f"{len(examples) - len(kept)} of {len(examples)} examples left out: over --max-length {max_length}")
     return kept
-
-
-def write_about(folder, about):
-    """args.json beside an adapter, written last: a folder with it is complete."""
-    write_text(Path(folder) / "args.json", json.dumps({**about, "provenance": provenance()}, indent=1) + "\n")
 
 
 def read_about(folder, script):

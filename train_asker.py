@@ -141,7 +141,7 @@ def main():
             show_example(tokenizer, examples[0])
             model = art.add_lora(art.load_base(args.asker_model, args.bits), art.TaskType.CAUSAL_LM, args.rank)
             trained = art.fine_tune(model, examples, collate, asker_loss, args, folder / "finetuned", args.task_epochs)
-            art.write_about(folder / "finetuned", {**task_about, **trained})
+            art.write_about(folder / "finetuned/args.json", {**task_about, **trained})
             del model
         asker_about = {**about, "stage": "asker", "epochs": args.epochs, "samples_sha256": samples_hash}
         if art.already_trained(folder / "asker", asker_about):
@@ -159,8 +159,8 @@ def main():
         shift = math.log(share / (1 - share))
         lm = art.LM(args.asker_model, args.bits, art.PRESETS[args.preset]["all"]["batch_tokens"], chat="no")
         figures = dev_figures(args, lm, folder / "asker", dev, {name: rows[0] for name, rows in samples.items()}, shift)
-        art.write_about(folder / "asker", {**asker_about, **trained, "shift": shift, "threshold": figures["threshold"],
-                                           "dev": figures})
+        art.write_about(folder / "asker/args.json", {
+            **asker_about, **trained, "shift": shift, "threshold": figures["threshold"], "dev": figures})
     print(f"{folder / 'asker'}: on {figures['n']} greedy drafts of dev, {figures['wrong_drafts']:.1%} wrong, AUC "
           f"{art.show(figures['auc'], '.3f')}; at the threshold that is best there {figures['decision_accuracy']:.1%} "
           f"of the decisions right, precision {art.show(figures['precision'])}, recall {art.show(figures['recall'])}; "

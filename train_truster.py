@@ -100,7 +100,7 @@ def main():
         del model, base
         # what is measured is what a fresh process will load: the adapter on disk, not the one in memory
         figures = dev_figures(art.Truster(folder, about=about), dev, samples)
-        art.write_about(folder, {**about, **trained, "dev": figures})
+        art.write_about(folder / "args.json", {**about, **trained, "dev": figures})
     if figures["pairs"]:
         print(f"{folder}: gets {figures['pairwise_accuracy']:.1%} of {figures['pairs']} right/wrong pairs of dev right")
     else:
