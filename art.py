@@ -11,7 +11,8 @@ Source: Shridhar et al., "The ART of LLM Refinement: Ask, Refine, and Trust", ar
 import argparse
 import collections
 import contextlib
-import copy
+import contextvars
+import functools
 import gc
 import hashlib
 import http.client
@@ -38,7 +39,18 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, HFValidationError
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Cache,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 ROOT = Path(__file__).resolve().parent
 
@@ -460,6 +472,76 @@ def left_pad(rows, pad, device):
     return ids, mask
 
 
+class GrowingLayer(DynamicLayer):
+    """Cache of one layer with room at its end: a step writes its own column, where DynamicLayer copies all of them."""
+
+    buffers = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Append (rows, heads, n, size) keys and values; returns all of them, views of the buffers."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        if self.buffers is None or self.buffers[0].shape[2] < end:
+            room = [new.new_empty(*new.shape[:2], end + end // 4 + 32, new.shape[3])
+                    for new in (key_states, value_states)]
+            if start:
+                room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
+            self.buffers = room
+        for buffer, new in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats):
+        """Each row `repeats` times, in a new buffer."""
+        super().batch_repeat_interleave(repeats)
+        self.buffers = None
+
+    def batch_select_indices(self, indices):
+        """Only these rows, in a new buffer."""
+        super().batch_select_indices(indices)
+        self.buffers = None
+
+
+SHARED_PREFIX = contextvars.ContextVar("cache of what all rows of a batch begin with", default=None)
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, **settings):
+    """Attention where all rows begin alike: keys and values of that prefix are held and read once, not once a row.
+
+    query (rows, heads, t, size); key and value (rows, key heads, n, size) and the mask (rows, 1, t, n) without the
+    prefix, which every token may see. Without a prefix it is transformers' own attention.
+    """
+    if SHARED_PREFIX.get() is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
+    rows, heads, t, size = query.shape
+    held = SHARED_PREFIX.get().layers[module.layer_idx]  # (1, key heads, p, size)
+    p, n = held.keys.shape[2], key.shape[2]
+    if t > 1:  # the prompts: once a batch
+        if attention_mask is None:
+            attention_mask = torch.ones(1, 1, t, n, dtype=torch.bool, device=query.device).tril(n - t)
+        key, value = (torch.cat([shared.expand(rows, -1, -1, -1), own], 2)
+                      for shared, own in ((held.keys, key), (held.values, value)))
+        mask = torch.nn.functional.pad(attention_mask, (p, 0), value=True)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **settings)
+    query = query.reshape(rows, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
+
+    def once(left, right):  # rows below each other: one product with the prefix for the whole batch
+        return (left.transpose(0, 1).flatten(1, 2) @ right[0]).unflatten(1, (rows, -1)).transpose(0, 1)
+
+    own = query @ key.mT
+    if attention_mask is not None:
+        own = own.masked_fill(~attention_mask, -torch.inf)
+    weights = torch.cat([once(query, held.keys.mT), own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+    out = once(weights[..., :p], held.values) + weights[..., p:] @ value
+    return out.reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+
+
 class LM:
     """A causal language model that continues prompts, with or without an adapter switched on.
 
@@ -469,7 +551,7 @@ class LM:
     def __init__(self, name, bits=4, batch_tokens=16384, chat="auto"):
         self.name, self.bits, self.batch_tokens = name, bits, batch_tokens
         self.tokenizer = load_tokenizer(name)
-        self.model = load_base(name, bits)
+        self.model = load_base(name, bits, attn_implementation="shared_prefix")
         self.chat = chat == "yes" or (chat == "auto" and bool(self.tokenizer.chat_template))
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
@@ -533,14 +615,19 @@ class LM:
             if len(ids) + max_new_tokens > limit:
                 raise UserError(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the {limit} that "
                                 f"{self.name!r} reads: shorten the question, or lower --shots or --max-new-tokens")
-        prefix = os.path.commonprefix(prompts)[: min(map(len, prompts), default=1) - 1]
-        if len(prefix) < 32 or len(prompts) == 1:
-            prefix = []
-        lengths = [(len(ids) + max_new_tokens) * k for ids in prompts]
-        for number, batch in enumerate(plan_batches(lengths, self.batch_tokens)):
+        prefix, batches = self.plan(prompts, max_new_tokens, k)
+        for number, batch in enumerate(batches):
             if not all(index in done for index in batch):
                 torch.manual_seed(seed * 1_000_003 + number)
                 yield self._generate_or_halve(batch, prompts, prefix, max_new_tokens, stop, k, temperature, options)
+
+    def plan(self, prompts, max_new_tokens, k):
+        """(what all prompts share, as token ids; batches of indices whose rows without it keep `batch_tokens`)."""
+        prefix = os.path.commonprefix(prompts)[: min(map(len, prompts), default=1) - 1]
+        if len(prefix) < 32 or len(prompts) == 1 or getattr(self.model.config, "sliding_window", None):
+            prefix = []
+        return prefix, plan_batches([(len(ids) - len(prefix) + max_new_tokens) * k for ids in prompts],
+                                    self.batch_tokens)
 
     def _generate_or_halve(self, batch, prompts, *settings):
         try:
@@ -554,32 +641,37 @@ class LM:
         return [pair for part in (batch[:half], batch[half:])
                 for pair in self._generate_or_halve(part, prompts, *settings)]
 
-    def _prefix_cache(self, prefix, rows):
-        """Keys and values of the prefix, computed once and copied for each row."""
+    def _prefix_cache(self, prefix):
+        """Keys and values of the prefix, computed once for all batches."""
         if prefix != self._prefix:
             ids = torch.tensor([prefix], device=self.model.device)
             self._cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
             self._prefix = prefix
-        cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(rows)
-        return cache
+        return self._cache
 
     @torch.inference_mode()
     def _generate(self, prompts, prefix, max_new_tokens, stop, k, temperature, options):
+        shared = SHARED_PREFIX.set(self._prefix_cache(prefix) if prefix else None)
+        try:
+            return self._continue([row[len(prefix):] for row in prompts], len(prefix), max_new_tokens, stop, k,
+                                  temperature, options)
+        finally:
+            SHARED_PREFIX.reset(shared)
+
+    def _continue(self, prompts, shared, max_new_tokens, stop, k, temperature, options):
         device, count = self.model.device, len(prompts) * k
-        ids, mask = left_pad([row[len(prefix):] for row in prompts], self.tokenizer.pad_token_id, device)
-        cache = self._prefix_cache(prefix, len(prompts)) if prefix else None
-        mask = torch.cat([mask.new_ones(len(prompts), len(prefix)), mask], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, len(prefix):]
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                         use_cache=True, logits_to_keep=1)
-        cache, logits = out.past_key_values, out.logits[:, -1].float().repeat_interleave(k, 0)
+        ids, mask = left_pad(prompts, self.tokenizer.pad_token_id, device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0) + shared
+        cache = Cache(layer_class_to_replicate=GrowingLayer)
+        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                            use_cache=True, logits_to_keep=1).logits[:, -1].float().repeat_interleave(k, 0)
         if k > 1:
             cache.batch_repeat_interleave(k)
         mask, positions = mask.repeat_interleave(k, 0), positions[:, -1:].repeat_interleave(k, 0)
-        made = [{"text": "", "stopped": False, "tokens": 0, "prompt_tokens": len(prompts[i // k]), "logprob": 0.0}
-                for i in range(count)]
-        written, alive = [[] for _ in range(count)], list(range(count))  # alive: which generation each batch row is
+        made = [{"text": "", "stopped": False, "tokens": 0, "prompt_tokens": shared + len(prompt), "logprob": 0.0}
+                for prompt in prompts for _ in range(k)]
+        written = [[] for _ in range(count)]
+        alive = list(range(count))  # which generation each row of the batch is
         deciding = [options is not None and options[1]] * count  # rows whose next token is the decision
         ended = [False] * count
         for step in range(max_new_tokens + 1):
@@ -587,10 +679,9 @@ class LM:
                 for row, index in enumerate(alive):
                     if deciding[index] and not ended[index]:
                         made[index]["logit"] = (logits[row, options[0][0]] - logits[row, options[0][1]]).item()
-            logprobs = logits.log_softmax(-1)
             tokens = (logits.argmax(-1) if temperature == 0 else
                       torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0])
-            chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+            chosen = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
             may_stop = self._may_stop[tokens.cpu().clamp(max=len(self._may_stop) - 1)]
             stay = []
             for row, (index, token) in enumerate(zip(alive, tokens.tolist())):
@@ -621,9 +712,8 @@ class LM:
                 alive = [alive[row] for row in stay]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
             positions = positions + 1
-            out = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions,
-                             past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits = out.logits[:, -1].float()
+            logits = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions,
+                                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         for index, text in enumerate(written):
             text = text if isinstance(text, str) else self.tokenizer.decode(text, skip_special_tokens=True)
             made[index]["text"] = text.strip()
@@ -1132,12 +1222,19 @@ def sample(args):
     train, dev = (load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
     path, exemplars = args.runs / args.task / "samples.jsonl", load_exemplars(args.task, args.shots, args.data)
 
-    def draw(label, lm, records, k, temperature, first=0):
+    @functools.cache
+    def llm():
+        lm = LM(args.model, args.bits, args.batch_tokens, args.chat)
+        print(f"{args.model}: {args.shots} exemplars, {'chat template' if lm.chat else 'plain text'}")
+        return lm
+
+    def draw(label, records, k, temperature, first=0):
         """Samples first, first + 1, ... of each record, each with its verdict: {id: [row, ...]}."""
 
         def batches(done):
-            for batch in predict(lm, args.task, records, exemplars, args.strategy, args.facts == "both", k=k, done=done,
-                                 temperature=temperature, seed=args.seed, max_new_tokens=args.max_new_tokens):
+            for batch in predict(llm(), args.task, records, exemplars, args.strategy, args.facts == "both", k=k,
+                                 done=done, temperature=temperature, seed=args.seed,
+                                 max_new_tokens=args.max_new_tokens):
                 yield [(i, [{"sample": first + j, "correct": is_correct(args.task, made["text"], records[i]["answer"]),
                              **made} for j, made in enumerate(several)]) for i, several in batch]
 
@@ -1145,11 +1242,9 @@ def sample(args):
 
     with lock(args.runs / args.task):
         claim(path, fingerprint(args, args.model, [*LLM_KEYS, "seed", "temperature"]))
-        lm = LM(args.model, args.bits, args.batch_tokens, args.chat)
-        print(f"{args.model}: {args.shots} exemplars, {'chat template' if lm.chat else 'plain text'}")
-        groups = draw("sample train", lm, train, args.k, args.temperature)
-        drafts = draw("draft dev", lm, dev, 1, 0.0)
-        draw("sample dev", lm, dev, args.k, args.temperature, first=1)
+        groups = draw("sample train", train, args.k, args.temperature)
+        drafts = draw("draft dev", dev, 1, 0.0)
+        draw("sample dev", dev, args.k, args.temperature, first=1)
     rows = [row for group in groups.values() for row in group]
     both = sum(len({row["correct"] for row in group}) == 2 for group in groups.values())
     show_record({"question": train[0]["question"], "gold": train[0]["answer"], **{

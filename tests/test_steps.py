@@ -148,11 +148,11 @@ def test_samples_differ_and_follow_the_seed(lm):
     assert texts[0] == texts[1] != texts[2] and any(len(set(several)) > 1 for several in texts[0])
 
 
-def test_resumed_batches_are_the_same(lm):
+def test_resumed_batches_are_the_same(lm, monkeypatch):
     prompts = prompts_of(lm)
+    monkeypatch.setattr(lm, "batch_tokens", 600)
     whole = run(lm, prompts, max_new_tokens=40, k=2, temperature=1.0)
-    lengths = [len(ids) + 40 for ids in prompts]
-    done = set(art.plan_batches([2 * length for length in lengths], lm.batch_tokens)[0])
+    done = set(lm.plan(prompts, 40, 2)[1][0])
     rest = run(lm, prompts, max_new_tokens=40, k=2, temperature=1.0, done=done)
     assert 0 < len(rest) < len(whole) and all(rest[i] == whole[i] for i in rest)
 
