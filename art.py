@@ -3,6 +3,7 @@
     question -> PREDICT -> initial -> ASK -> sub-questions + refine? -> REFINE -> refined -> TRUST -> final
 
     python art.py sample --task toy             # k predictions for every training question, and the drafts of dev
+    python art.py subquestions                  # only where the data has none: the LLM's, for --subquestions generated
     python art.py solve --task toy "QUESTION"   # one question through the four steps
 
 Source: Shridhar et al., "The ART of LLM Refinement: Ask, Refine, and Trust", arXiv 2311.07961.
@@ -346,7 +347,7 @@ def solution_text(solution, answer, strategy="cot"):
     'How many are left? 5 - 2 = 3 are left.\n#### 3'
     """
     lines = [step if strategy == "cot" else f"{subquestion} {step}".rstrip() for subquestion, step in solution]
-    return "\n".join([*lines, f"#### {answer}"])
+    return "\n".join([*filter(None, lines), f"#### {answer}"])
 
 
 def ask_prompt(record, draft):
@@ -367,6 +368,26 @@ def refine_prompt(record, draft, subquestions=None, facts=False):
     """Step 3: question, draft and sub-questions (None: the ablation without them); the answer is a `solution_text`."""
     asked = "".join(line + "\n" for line in ["Sub-questions:", *subquestions]) if subquestions else ""
     return f"{question_block(record, facts)}Answer:\n{draft}\n{asked}Revised answer:\n"
+
+
+def end_to_end_target(draft, subquestions, refine, solution):
+    r"""All steps in one text, after `predict_prompt`: what one model that does everything is fine-tuned to write.
+
+    >>> end_to_end_target("#### 4", ["How many?"], True, "#### 3")
+    '#### 4\nSub-questions:\nHow many?\nRefine: Yes\nRevised answer:\n#### 3'
+    """
+    text = f"{draft}\nSub-questions:\n{ask_target(subquestions, refine)}"
+    return f"{text}\nRevised answer:\n{solution}" if refine else text
+
+
+def parse_end_to_end(text):
+    r"""The answer that stands at the end of an `end_to_end_target`: the revised one, else the draft.
+
+    >>> parse_end_to_end(end_to_end_target("#### 4", [], True, "#### 3")), parse_end_to_end("#### 4\nSub-questions:\n")
+    ('#### 3', '#### 4')
+    """
+    draft, _, rest = text.partition("\nSub-questions:")
+    return rest.partition("Revised answer:\n")[2] or draft
 
 
 def trust_prompt(record, text):
@@ -562,12 +583,16 @@ class LM:
 
     def add_adapter(self, name, folder):
         """Load a LoRA adapter beside the weights, switched off. One copy of the weights serves with and without it."""
-        self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name).eval()
+        if not isinstance(self.model, PeftModel):
+            self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name).eval()
+        elif name not in self.model.peft_config:
+            self.model.load_adapter(folder, name)
         self.model.base_model.disable_adapter_layers()
 
     @contextlib.contextmanager
     def use(self, name):
         """`with lm.use("asker"):` the adapter is on; outside it is off."""
+        self.model.set_adapter(name, inference_mode=True)
         self.model.base_model.enable_adapter_layers()
         self.adapter, self._prefix = name, None
         try:
@@ -731,6 +756,7 @@ INSTRUCTIONS = {  # for chat models, in front of the first turn
               "The last line is #### and the answer.",
     "ask": "Write the sub-questions that an answer to the question has to settle, one a line. Then decide whether the "
            "given answer has to be refined: the last line is 'Refine: Yes' or 'Refine: No'.",
+    "choose": "Which answer to the question is better? Write one letter, A or B.",
     "refine": "Check the given answer and write a revised answer. Reason step by step, one step a line. "
               "The last line is #### and the answer.",
 }
@@ -756,6 +782,15 @@ def predict(lm, task, records, exemplars=(), strategy="cot", facts=False, **how)
              for e in exemplars]
     prompts = [predict_prompt(record, strategy, facts) for record in records]
     yield from solutions(lm, task, strategy, prompts, shown, **how)
+
+
+def draw(lm, args, records, k, temperature, first=0, **how):
+    """Samples first, first + 1, ... of each record as rows of samples.jsonl: a prediction, its number, its verdict."""
+    exemplars = load_exemplars(args.task, args.shots, args.data)
+    for batch in predict(lm, args.task, records, exemplars, args.strategy, args.facts == "both", k=k,
+                         temperature=temperature, seed=args.seed, max_new_tokens=args.max_new_tokens, **how):
+        yield [(i, [{"sample": first + j, "correct": is_correct(args.task, made["text"], records[i]["answer"]), **made}
+                    for j, made in enumerate(several)]) for i, several in batch]
 
 
 def subquestions_of(record):
@@ -807,6 +842,37 @@ def refine(lm, task, records, drafts, subquestions=None, exemplars=(), facts=Fal
     yield from solutions(lm, task, "refine", prompts, shown, **how)
 
 
+def choose(lm, records, texts, done=()):
+    """Step 4 by the LLM itself: it sees both texts as A and B, in both orders, and names the better (row asker_self).
+
+    `texts[i]` is {name: text} of two; yields batches of (i, [{name: probability, ..., "tokens", "prompt_tokens"}]),
+    the mean over both orders, since a model may prefer a place.
+    """
+    pairs = [list(pair.values())[::order] for pair in texts for order in (1, -1)]
+    prompts = [lm.render(choice_prompt(records[place // 2], *pair), instruction=INSTRUCTIONS["choose"])
+               for place, pair in enumerate(pairs)]
+    options, seen = lm.option_ids("Better answer:\n", ["A", "B"]), {}
+    done = {place for index in done for place in (2 * index, 2 * index + 1)}
+    for batch in lm.generate(prompts, max_new_tokens=1, options=(options, True), done=done):
+        seen |= {place: made for place, (made,) in batch}
+        rows = []
+        for index in {place // 2 for place, _ in batch}:
+            if {2 * index, 2 * index + 1} <= seen.keys():
+                (first, second), read = texts[index], (seen[2 * index], seen[2 * index + 1])
+                p = (2 + math.tanh(read[0]["logit"] / 2) - math.tanh(read[1]["logit"] / 2)) / 4
+                rows.append((index, [{first: p, second: 1 - p, **{
+                    key: sum(made[key] for made in read) for key in ("tokens", "prompt_tokens")}}]))
+        yield rows
+
+
+def end_to_end(lm, task, records, **how):
+    """All four steps by one fine-tuned model in one go: draft, sub-questions, decision and, if so, the refinement."""
+    prompts = [lm.render(predict_prompt(record)) for record in records]
+    for batch in lm.generate(prompts, **how):
+        yield [(i, [{**made, "answer": extract_answer(task, text), "text": text, "written": made["text"]}])
+               for i, (made,) in batch for text in [parse_end_to_end(made["text"])]]
+
+
 class Truster:
     """Scores answers: one scalar for a question and a text, the higher the better (paper, section 3.4)."""
 
@@ -842,28 +908,32 @@ def score_batch(model, ids, mask):
 
 
 class Shelf:
-    """LLM, Asker and Truster of a run, one in memory at a time; LLM and Asker on the same base are one model."""
+    """The models of a run, one in memory at a time; the LLM and what is fine-tuned from the same base are one model."""
 
     def __init__(self, args):
-        self.args, self.folder, self._held = args, args.runs / args.task / args.run, {}
-        self.about = {name: read_about(self.folder / name, f"train_{name}.py") for name in ("asker", "truster")}
+        self.args, self._held = args, {}
+        self.folder = getattr(args, "adapters", None) or args.runs / args.task / args.run
+
+    def about(self, name):
+        """args.json of the adapter "asker", "finetuned", "end_to_end" or "truster"."""
+        return read_about(self.folder / name, "train_truster.py" if name == "truster" else "train_asker.py")
 
     def get(self, name):
-        """The model of that name: "llm", "asker" or "truster"; what else is held makes room for it."""
-        if name not in self._held:
-            self._held.clear()
-            gc.collect()
-            args, asker = self.args, self.about["asker"]
-            same = find_model(asker["model"]) == find_model(args.model) and asker["bits"] == args.bits
-            if name == "truster":
-                self._held[name] = Truster(self.folder / name, args.batch_tokens)
-            elif name == "llm" and not same:
-                self._held[name] = LM(args.model, args.bits, args.batch_tokens, args.chat)
+        """The LLM ("llm"), the Truster, or the model that carries an adapter, for `with shelf.get(name).use(name):`."""
+        args, role = self.args, name if name in ("llm", "truster") else "asker"
+        about = self.about(name) if name != "llm" else {"model": args.model, "bits": args.bits}
+        if role not in self._held:
+            llm = self._held.get("llm") if role == "asker" else None
+            if llm and (find_model(about["model"]), about["bits"]) == (find_model(args.model), args.bits):
+                self._held[role] = llm
             else:
-                lm = LM(asker["model"], asker["bits"], args.batch_tokens, args.chat if same else "no")
-                lm.add_adapter("asker", self.folder / "asker")
-                self._held |= {"asker": lm, "llm": lm} if same else {"asker": lm}
-        return self._held[name]
+                llm = self._held.clear()
+                gc.collect()
+                self._held[role] = Truster(self.folder / name, args.batch_tokens) if role == "truster" else LM(
+                    about["model"], about["bits"], args.batch_tokens, args.chat if role == "llm" else "no")
+        if role == "asker":
+            self._held[role].add_adapter(name, self.folder / name)
+        return self._held[role]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1176,6 +1246,7 @@ def make_parser(llm=False, training=False):
             help="where StrategyQA's facts stand: to refine, as in the paper, or to predict too, as a control (refine)")
         add("--strategy", default="cot", choices=("cot", "decomp"),
             help="of the first answer: chain of thought, or sub-questions (cot)")
+        add("--temperature", type=float, default=0.7, help="of samples (0.7: varied, still sensible)")
         add("--max-new-tokens", type=int, help="of an answer; longer ones are cut off and counted (preset)")
         add("--batch-tokens", type=int, help="of a batch with padding and new ones (preset; halved if memory runs out)")
     if training:
@@ -1220,7 +1291,7 @@ def fingerprint(args, model, keys):
 def sample(args):
     """Step 2 of the five: k predictions for every question of train and dev, and greedy drafts of dev (sample 0)."""
     train, dev = (load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
-    path, exemplars = args.runs / args.task / "samples.jsonl", load_exemplars(args.task, args.shots, args.data)
+    path = args.runs / args.task / "samples.jsonl"
 
     @functools.cache
     def llm():
@@ -1228,33 +1299,41 @@ def sample(args):
         print(f"{args.model}: {args.shots} exemplars, {'chat template' if lm.chat else 'plain text'}")
         return lm
 
-    def draw(label, records, k, temperature, first=0):
-        """Samples first, first + 1, ... of each record, each with its verdict: {id: [row, ...]}."""
-
-        def batches(done):
-            for batch in predict(llm(), args.task, records, exemplars, args.strategy, args.facts == "both", k=k,
-                                 done=done, temperature=temperature, seed=args.seed,
-                                 max_new_tokens=args.max_new_tokens):
-                yield [(i, [{"sample": first + j, "correct": is_correct(args.task, made["text"], records[i]["answer"]),
-                             **made} for j, made in enumerate(several)]) for i, several in batch]
-
-        return stage(path, label, [record["id"] for record in records], batches, first + k)
+    def rows(label, records, k, temperature, first=0):
+        return stage(path, label, [record["id"] for record in records], lambda done: draw(
+            llm(), args, records, k, temperature, first, done=done), first + k)
 
     with lock(args.runs / args.task):
         claim(path, fingerprint(args, args.model, [*LLM_KEYS, "seed", "temperature"]))
-        groups = draw("sample train", train, args.k, args.temperature)
-        drafts = draw("draft dev", dev, 1, 0.0)
-        draw("sample dev", dev, args.k, args.temperature, first=1)
-    rows = [row for group in groups.values() for row in group]
+        groups = rows("sample train", train, args.k, args.temperature)
+        drafts = rows("draft dev", dev, 1, 0.0)
+        rows("sample dev", dev, args.k, args.temperature, first=1)
+    made = [row for group in groups.values() for row in group]
     both = sum(len({row["correct"] for row in group}) == 2 for group in groups.values())
     show_record({"question": train[0]["question"], "gold": train[0]["answer"], **{
         f"sample {row['sample']} ({'right' if row['correct'] else 'wrong'})": row["text"]
         for row in groups[train[0]["id"]][:2]}})
-    print(f"{path}: {len(rows)} samples of {len(groups)} training questions, "
-          f"{np.mean([r['correct'] for r in rows]):.1%} right, {both} questions with both right and wrong samples, "
-          f"{sum(r['answer'] is None for r in rows)} without an answer, {sum(not r['stopped'] for r in rows)} cut off, "
-          f"{sum(r['tokens'] for r in rows)} tokens; greedy drafts of {len(dev)} dev questions "
+    print(f"{path}: {len(made)} samples of {len(groups)} training questions, "
+          f"{np.mean([r['correct'] for r in made]):.1%} right, {both} questions with both right and wrong samples, "
+          f"{sum(r['answer'] is None for r in made)} without an answer, {sum(not r['stopped'] for r in made)} cut off, "
+          f"{sum(r['tokens'] for r in made)} tokens; greedy drafts of {len(dev)} dev questions "
           f"{np.mean([group[0]['correct'] for group in drafts.values()]):.1%} right")
+
+
+def subquestions(args):
+    """Let the LLM write sub-questions from each training question and its gold solution, where a data set has none."""
+    train, path = load_task(args.task, "train", args.limit, args.data), args.runs / args.task / "subquestions.jsonl"
+    texts = [solution_text(record.get("solution", []), record["answer"]) for record in train]
+    exemplars = load_exemplars(args.task, args.shots, args.data)
+    with lock(args.runs / args.task):
+        claim(path, fingerprint(args, args.model, LLM_KEYS))
+        rows = stage(path, "sub-questions", [record["id"] for record in train], lambda done: ask(
+            LM(args.model, args.bits, args.batch_tokens, args.chat), args.task, train, texts, exemplars, done=done,
+            max_new_tokens=args.max_new_tokens))
+    counts = [len(row["subquestions"]) for (row,) in rows.values()]
+    show_record({"question": train[0]["question"], "sub-questions": "\n".join(rows[train[0]["id"]][0]["subquestions"])})
+    print(f"{path}: {np.mean(counts):.1f} sub-questions a question, none for {counts.count(0)} of {len(train)}; "
+          "next: python train_asker.py --subquestions generated")
 
 
 def show(value, form=".1%"):
@@ -1277,7 +1356,7 @@ def solve(args):
     """One question through the four steps, each printed as it comes."""
     record, shelf = [{"question": args.question}], Shelf(args)
     settings = {"exemplars": load_exemplars(args.task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
-    shift, threshold = (shelf.about["asker"][key] for key in ("shift", "threshold"))
+    shift, threshold = (shelf.about("asker")[key] for key in ("shift", "threshold"))
 
     def first(batches):
         return next(batches)[0][1][0]
@@ -1303,16 +1382,15 @@ def solve(args):
 
 
 def main():
-    """`sample` or `solve`."""
+    """`sample`, `subquestions` or `solve`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, call in (("sample", sample), ("solve", solve)):
+    for name, call in (("sample", sample), ("subquestions", subquestions), ("solve", solve)):
         one = commands.add_parser(name, parents=[make_parser(llm=True)], help=call.__doc__, description=call.__doc__)
         one.set_defaults(call=call)
         if name == "sample":
             one.add_argument("--k", type=int, help="predictions a training question (preset)")
-            one.add_argument("--temperature", type=float, default=0.7, help="of these (0.7: varied, still sensible)")
-        else:
+        elif name == "solve":
             one.add_argument("question", help="the question, in quotes")
     args = parse(parser, "art")
     args.call(args)

@@ -1,6 +1,7 @@
 """Ask, refine and trust over the test split, and the table of who decides, who asks and who chooses.
 
     python evaluate.py --task toy
+    python evaluate.py --task toy --rows initial,asker,art   # --rows all also trains what end_to_end needs
 
 Goes stage by stage over dev and test, one large model in memory at a time; a stage that is on disk is not made again.
 Every threshold is set on dev, to maximise there the accuracy of the row that uses it. Writes to runs/<task>/<run>/:
@@ -8,16 +9,20 @@ results.json, table.md, results.png (where matplotlib is installed), records.jso
 """
 
 import argparse
+import collections
 import hashlib
 import json
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
 import art
 
-# row: (who decides, which refinement, who chooses between draft and refinement); None: that row has no such step
+# row: (who decides, what then stands in the place of the draft, who chooses between the two); None: no such step
 ROWS = {
     "initial": (None, None, None),
     "refine_always": ("always", "refined", "most_recent"),
@@ -26,12 +31,32 @@ ROWS = {
     "self_refine_plain": ("self", "refined_plain", "most_recent"),
     "asker": ("asker", "refined", "most_recent"),
     "asker_plain": ("asker", "refined_plain", "most_recent"),
+    "asker_self": ("asker", "refined", "self"),
     "art": ("asker", "refined", "truster"),
     "random_gate": ("random", "refined", "most_recent"),
+    "logprob_choice": ("asker", "refined", "logprob"),
+    "majority": ("always", "majority", "most_recent"),
+    "best_of_k": ("always", "best_of_k", "most_recent"),
+    "finetuned": ("always", "finetuned", "most_recent"),
+    "end_to_end": ("always", "end_to_end", "most_recent"),
     "oracle_gate": ("oracle", "refined", "most_recent"),
     "oracle_choice": ("always", "refined", "oracle"),
 }
-SUBQUESTIONS = {"refined": "asker", "refined_self": "self", "refined_plain": None, None: None}
+SUBQUESTIONS = {"refined": "asker", "refined_self": "self"}  # whose sub-questions a refinement has
+CURVES = {"majority": "vote", "best_of_k": "truster"}  # rows over k samples, and who chooses among them
+CURVE_K = (1, 2, 3, 5, 8)
+ALONE = {*CURVES, "finetuned", "end_to_end"}  # candidates that are made without a draft
+
+NEEDS = (  # the stages that a decider, a candidate and a chooser need beside the draft
+    {"asker": ["ask"], "random": ["ask"], "self": ["ask_self"]},
+    {"refined": ["ask", "refined"], "refined_self": ["ask_self", "refined_self"], "refined_plain": ["refined_plain"],
+     "majority": ["samples"], "best_of_k": ["samples", "trust_samples"], "finetuned": ["finetuned"],
+     "end_to_end": ["end_to_end"]},
+    {"truster": ["trust"], "self": ["trust_self"]})
+ADAPTED = {"asker": {"ask"}, "truster": {"trust", "trust_samples"},  # the stages that an adapter makes
+           "finetuned": {"finetuned"}, "end_to_end": {"end_to_end"}}
+PLACES = {"ask": ("ask", "asker"), "ask_self": ("ask", "self"), "trust": ("trust", "truster"),  # in the record
+          "trust_self": ("trust", "self"), "trust_samples": ("trust", "samples")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,66 +97,95 @@ def compare(row, other, seed):
 # The stages: each asks one model about every question of dev and test
 
 
-def run_stages(args, dev, test):
-    """The records of dev and test with candidates, ask and trust filled in as DESIGN's record has them."""
-    shelf, records, task = art.Shelf(args), dev + test, args.task
+def run_stages(args, rows, dev, test):
+    """Put what `rows` need into the records of dev and test: candidates, ask, trust. Returns {role: model}."""
+    shelf, task, needed = art.Shelf(args), args.task, {"initial"}
+    needed |= {stage for row in rows for names, step in zip(NEEDS, ROWS[row]) for stage in names.get(step, ())}
     llm = art.fingerprint(args, args.model, art.LLM_KEYS)
     settings = {"exemplars": art.load_exemplars(task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
     samples, _ = art.load_samples(args, dev)
-    dev_drafts = [samples[record["id"]][0] for record in dev]
     path = args.runs / task / "samples.jsonl"  # holds the drafts of dev
     made_by = json.loads(path.with_suffix(".args.json").read_text())
     art.require_same(made_by, llm, path, "give the flags you gave art.py sample")
     supported = {**settings, "facts": args.facts != "none"}
 
-    def stage(name, made_by, over, batches):
-        """Rows of one stage in the order of `over`, kept in a file whose name follows from all that makes them.
-
-        What the LLM makes without an adapter is kept for all runs of the task, so that seeds and ablations share it.
-        """
-        digest = art.short_hash(made_by)
-        folder = (shelf.folder if "asker" in made_by else args.runs / task) / "stages"
-        with art.lock(folder):
-            art.claim(folder / f"{name}-{digest}.jsonl", made_by)
-            rows = art.stage(folder / f"{name}-{digest}.jsonl", name, [record["id"] for record in over], batches)
-        return [rows[record["id"]][0] for record in over], {**made_by, name: digest}
-
-    def adapter(name):
-        weights = (shelf.folder / name / "adapter_model.safetensors").read_bytes()
-        return hashlib.sha256(weights).hexdigest()[:16]
-
-    def asker(done):
-        with shelf.get("asker").use("asker") as lm:
-            shift = shelf.about["asker"]["shift"]
-            yield from art.ask(lm, task, records, drafts, shift=shift, max_new_tokens=args.max_new_tokens, done=done)
-
-    by = {**llm, "test": art.data_hash(task, ["test"], args.data), "drafts": art.short_hash(dev_drafts)}
-    initial, by = stage("initial", by, test, lambda done: art.predict(
-        shelf.get("llm"), task, test, strategy=args.strategy, facts=args.facts == "both", done=done, **settings))
-    initial = dev_drafts + initial
-    drafts = [row["text"] for row in initial]
-
-    asked_self, by_self = stage("ask_self", by, records, lambda done: art.ask(
-        shelf.get("llm"), task, records, drafts, done=done, **settings))
-    refined_self, _ = stage("refined_self", by_self, records, lambda done: art.refine(
-        shelf.get("llm"), task, records, drafts, [row["subquestions"] for row in asked_self], done=done, **supported))
-    refined_plain, _ = stage("refined_plain", by, records, lambda done: art.refine(
-        shelf.get("llm"), task, records, drafts, done=done, **supported))
-    asked, by = stage("ask", {**by, "asker": adapter("asker")}, records, asker)
-    refined, by = stage("refined", by, records, lambda done: art.refine(
-        shelf.get("llm"), task, records, drafts, [row["subquestions"] for row in asked], done=done, **supported))
-    texts = [{"initial": draft, "refined": row["text"]} for draft, row in zip(drafts, refined)]
-    trusted, _ = stage("trust", {**by, "truster": adapter("truster")}, records, lambda done: shelf.get("truster").score(
-        records, texts, done))
-
     def strip(row):
         return {key: value for key, value in row.items() if key not in ("id", "sample", "correct")}
 
-    made = zip(records, initial, refined, refined_plain, refined_self, asked, asked_self, trusted)
-    return [{**record, "candidates": {"initial": strip(a), "refined": strip(b), "refined_plain": strip(c),
-                                      "refined_self": strip(d)},
-             "ask": {"asker": strip(e), "self": strip(f)}, "trust": {"truster": strip(g)}}
-            for record, a, b, c, d, e, f, g in made]
+    def stage(name, made_by, over, batches, per_id=1):
+        """Make one stage if it is needed; returns what what follows from it is made by.
+
+        It is kept in a file whose name follows from all that makes it. What the LLM makes without an adapter is kept
+        for all runs of the task, so that seeds and ablations share it.
+        """
+        digest = art.short_hash(made_by)
+        if name in needed:
+            folder = (args.runs / task / args.run if ADAPTED.keys() & made_by.keys() else args.runs / task) / "stages"
+            with art.lock(folder):
+                art.claim(folder / f"{name}-{digest}.jsonl", made_by)
+                made = art.stage(folder / f"{name}-{digest}.jsonl", name, [r["id"] for r in over], batches, per_id)
+            part, key = PLACES.get(name, ("candidates", name))
+            for record in over:
+                rows = [strip(row) for row in made[record["id"]]]
+                record.setdefault(part, {})[key] = rows if name == "samples" else rows[0]
+        return {**made_by, name: digest}
+
+    def adapter(name):
+        """{name: hash of its weights}; what no row needs is not looked at."""
+        if not ADAPTED[name] & needed:
+            return {name: None}
+        shelf.about(name)
+        return {name: hashlib.sha256((shelf.folder / name / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]}
+
+    def with_adapter(name, step, **how):
+        """Batches of a step of the model that carries an adapter."""
+        def batches(done):
+            with shelf.get(name).use(name) as lm:
+                yield from step(lm, task, **how, done=done)
+        return batches
+
+    def drafts():
+        return [record["candidates"]["initial"]["text"] for record in records]
+
+    def asked(name):
+        return [record["ask"][name]["subquestions"] for record in records]
+
+    def both(record):
+        return {name: record["candidates"][name]["text"] for name in ("initial", "refined")}
+
+    alone = {**llm, "test": art.data_hash(task, ["test"], args.data)}
+    drawn = stage("samples", {**alone, "seed": args.seed, "temperature": args.temperature}, test, lambda done: art.draw(
+        shelf.get("llm"), args, test, max(CURVE_K), args.temperature, done=done), max(CURVE_K))
+    records = dev + test
+    for record in dev:
+        record["candidates"] = {"initial": strip(samples[record["id"]][0])}
+    by = {**alone, "drafts": art.short_hash([samples[record["id"]][0] for record in dev])}
+    by = stage("initial", by, test, lambda done: art.predict(
+        shelf.get("llm"), task, test, strategy=args.strategy, facts=args.facts == "both", done=done, **settings))
+    by_self = stage("ask_self", by, records, lambda done: art.ask(
+        shelf.get("llm"), task, records, drafts(), done=done, **settings))
+    stage("refined_self", by_self, records, lambda done: art.refine(
+        shelf.get("llm"), task, records, drafts(), asked("self"), done=done, **supported))
+    stage("refined_plain", by, records, lambda done: art.refine(
+        shelf.get("llm"), task, records, drafts(), done=done, **supported))
+    for name, step, room in (("finetuned", art.predict, 1), ("end_to_end", art.end_to_end, 3)):
+        stage(name, {**alone, **adapter(name)}, test, with_adapter(
+            name, step, records=test, max_new_tokens=room * args.max_new_tokens,
+            **({"strategy": shelf.about(name)["strategy"]} if name == "finetuned" else {})))
+    by |= adapter("asker")
+    by = stage("ask", by, records, lambda done: with_adapter(
+        "asker", art.ask, records=records, drafts=drafts(), shift=shelf.about("asker")["shift"],
+        max_new_tokens=args.max_new_tokens)(done))
+    by = stage("refined", by, records, lambda done: art.refine(
+        shelf.get("llm"), task, records, drafts(), asked("asker"), done=done, **supported))
+    stage("trust_self", by, records, lambda done: art.choose(
+        shelf.get("llm"), records, [both(record) for record in records], done=done))
+    stage("trust", {**by, **adapter("truster")}, records, lambda done: shelf.get("truster").score(
+        records, [both(record) for record in records], done))
+    stage("trust_samples", {**drawn, **adapter("truster")}, test, lambda done: shelf.get("truster").score(
+        test, [{str(i): row["text"] for i, row in enumerate(r["candidates"]["samples"])} for r in test], done))
+    return {"llm": args.model, **{name: shelf.about(name)["model"] for name in ("asker", "truster")
+                                  if ADAPTED[name] & needed}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,17 +193,21 @@ def run_stages(args, dev, test):
 
 
 def columns(task, records):
-    """Arrays (n,) for the rows: whether each candidate is right, the p_refine of each, the Truster's choice."""
+    """Arrays (n,) for the rows: which candidates are right, the p_refine of each decider, what each chooser takes."""
     right = {name: np.array([art.is_correct(task, r["candidates"][name]["text"], r["answer"]) for r in records])
-             for name in records[0]["candidates"]}
-    p = {name: np.array([r["ask"][name]["p_refine"] for r in records]) for name in records[0]["ask"]}
-    trusts = np.array([r["trust"]["truster"]["refined"] > r["trust"]["truster"]["initial"] for r in records])
-    return right, p, trusts
+             for name in records[0]["candidates"] if name != "samples"}
+    p = {name: np.array([r["ask"][name]["p_refine"] for r in records]) for name in records[0].get("ask", ())}
+    takes = {name: np.array([r["trust"][name]["refined"] > r["trust"][name]["initial"] for r in records])
+             for name in records[0].get("trust", ()) if name != "samples"}
+    if "refined" in right and records[0]["candidates"]["refined"].get("logprob") is not None:
+        takes["logprob"] = np.array([r["candidates"]["refined"]["logprob"] > r["candidates"]["initial"]["logprob"]
+                                     for r in records])
+    return right, p, takes
 
 
-def outcome(row, right, p, trusts, threshold):
+def outcome(row, right, p, takes, threshold):
     """(decides to refine, takes the refinement) of a row, arrays (n,) of bool."""
-    decides, refinement, chooses = ROWS[row]
+    decides, candidate, chooses = ROWS[row]
     if decides is None:
         refine = np.zeros_like(right["initial"])
     elif decides == "always":
@@ -158,83 +216,154 @@ def outcome(row, right, p, trusts, threshold):
         refine = ~right["initial"]
     else:
         refine = p[decides] >= threshold
-    better = {None: True, "most_recent": True, "truster": trusts,
-              "oracle": refinement and right[refinement] & ~right["initial"]}
-    return refine, refine & better[chooses]
+    if chooses == "oracle":
+        return refine, refine & right[candidate] & ~right["initial"]
+    return refine, refine & takes[chooses] if chooses in takes else refine
 
 
-def set_threshold(row, right, p, trusts):
+def set_threshold(row, right, p, takes):
     """The threshold of a row on dev, or None where it needs none."""
-    decides, refinement, chooses = ROWS[row]
+    decides, candidate, chooses = ROWS[row]
     if decides not in ("asker", "self"):
         return None
-    gain = right[refinement].astype(int) - right["initial"]
-    return art.best_threshold(p[decides], gain * trusts if chooses == "truster" else gain)
+    gain = right[candidate].astype(int) - right["initial"]
+    return art.best_threshold(p[decides], gain * takes[chooses] if chooses in takes else gain)
+
+
+def sweep(row, right, p, takes):
+    """Accuracy and share refined of a row at every percentile of p_refine: [{"threshold", "refined_share", ...}]."""
+    points = []
+    for threshold in [0.0, *np.unique(np.percentile(p[ROWS[row][0]], range(5, 100, 5))), np.nextafter(1, 2)]:
+        refine, take = outcome(row, right, p, takes, threshold)
+        accuracy = np.where(take, right[ROWS[row][1]], right["initial"]).mean()
+        points.append({"threshold": float(threshold), "refined_share": float(refine.mean()),
+                       "accuracy": float(accuracy)})
+    return points
+
+
+def pick(record, row, k):
+    """Which of the first k samples stands: the first with the most common answer, or the Truster's favourite."""
+    samples = record["candidates"]["samples"][:k]
+    if row == "best_of_k":
+        return samples[max(range(len(samples)), key=lambda i: record["trust"]["samples"][str(i)])]
+    votes = collections.Counter(sample["answer"] for sample in samples if sample["answer"] is not None)
+    best = max(votes, key=votes.get, default=None)  # the earlier one among equals
+    return next(sample for sample in samples if sample["answer"] == best or best is None)
+
+
+def add_curve(args, row, test, models, budget):
+    """Put the choice among k samples into the candidates of `test`; returns (k, [{"k", "accuracy", ...}, ...]).
+
+    k is the smallest whose cost is at least `budget`, what `art` costs: the rival gets no less. The prompt is counted
+    once, since samples share the pass over it.
+    """
+    curve, chosen = [], None
+    for k in range(1, max(CURVE_K) + 1):
+        for record in test:
+            samples = record["candidates"]["samples"][:k]
+            record["candidates"][row] = {**pick(record, row, k), "tokens": sum(sample["tokens"] for sample in samples)}
+            if row == "best_of_k":  # the Truster reads each with the question
+                read = record["trust"]["samples"]["prompt_tokens"] * k / max(CURVE_K)
+                record["candidates"][row]["truster_tokens"] = round(read)
+        right = np.array([art.is_correct(args.task, r["candidates"][row]["text"], r["answer"]) for r in test])
+        price = cost(row, test, np.ones(len(test), bool), models)
+        curve.append({"k": k, "accuracy": float(right.mean()), "ci95": wilson(int(right.sum()), len(test)),
+                      "cost": price})
+        if not chosen and (k == max(CURVE_K) or budget and total(price) >= budget):
+            chosen = k, [record["candidates"][row] for record in test]
+    for record, candidate in zip(test, chosen[1]):
+        record["candidates"][row] = candidate
+    return chosen[0], [point for point in curve if point["k"] in {*CURVE_K, chosen[0]}]
 
 
 def cost(row, records, refine, models):
     """Tokens and floating-point operations a question (2 x parameters x tokens) of each model that a row uses."""
-    decides, refinement, chooses = ROWS[row]
+    decides, candidate, chooses = ROWS[row]
     n, used = len(records), {name: [0, 0] for name in models}
 
     def add(model, part, where):
         for record, take in zip(records, where):
             used[model][0] += take * part(record)["prompt_tokens"]
-            used[model][1] += take * part(record)["tokens"]
+            used[model][1] += take * part(record).get("tokens", 0)
 
     every = np.ones(n, int)
-    add("llm", lambda r: r["candidates"]["initial"], every)
-    if "self" in (decides, SUBQUESTIONS[refinement]):
+    if candidate not in ALONE:
+        add("llm", lambda r: r["candidates"]["initial"], every)
+    if "self" in (decides, SUBQUESTIONS.get(candidate)):
         add("llm", lambda r: r["ask"]["self"], every)
-    if "asker" in (decides, SUBQUESTIONS[refinement]) or decides == "random":
+    if "asker" in (decides, SUBQUESTIONS.get(candidate)) or decides == "random":
         add("asker", lambda r: r["ask"]["asker"], every)
-    if refinement:
-        add("llm", lambda r: r["candidates"][refinement], refine.astype(float))
+    if candidate:
+        add("asker" if candidate in ("finetuned", "end_to_end") else "llm", lambda r: r["candidates"][candidate],
+            refine.astype(float))
     if chooses == "truster":  # reads the question with each of the two texts
-        read = [r["trust"]["truster"]["prompt_tokens"] for r in records]
-        used["truster"][0] += sum(take * tokens for take, tokens in zip(refine.astype(int), read))
-    return {name: {"prompt_tokens": float(a) / n, "tokens": float(b) / n,
-                   "flops": 2 * models[name]["parameters"] * float(a + b) / n}
+        add("truster", lambda r: r["trust"]["truster"], refine.astype(int))
+    if chooses == "self":
+        add("llm", lambda r: r["trust"]["self"], refine.astype(int))
+    if candidate == "best_of_k":
+        add("truster", lambda r: {"prompt_tokens": r["candidates"][candidate]["truster_tokens"]}, every)
+    return {name: {"prompt_tokens": float(a) / n, "tokens": float(b) / n, "flops":
+                   2 * models[name]["parameters"] * float(a + b) / n if models[name]["parameters"] else None}
             for name, (a, b) in used.items() if a + b}
 
 
-def make_rows(args, dev, test, models):
-    """One dictionary a row, as DESIGN's results.json has it: thresholds from dev, everything else from test."""
-    on_dev, (right, p, trusts) = columns(args.task, dev), columns(args.task, test)
-    initial, n, thresholds, decided, correct = right["initial"], len(test), {}, {}, {}
-    for row, (decides, refinement, _) in ROWS.items():
+def total(price):
+    """What a row costs in all: operations, or tokens where the size of a model is not known."""
+    known = all(part["flops"] is not None for part in price.values())
+    return sum(part["flops"] if known else part["prompt_tokens"] + part["tokens"] for part in price.values())
+
+
+def make_rows(args, rows, dev, test, models):
+    """({row: dictionary} as in DESIGN's results.json, {row: takes the refinement}, curves, sweeps).
+
+    Thresholds come from dev, everything else from test.
+    """
+    on_dev, on_test = columns(args.task, dev), columns(args.task, test)
+    right, initial, n = on_test[0], on_test[0]["initial"], len(test)
+    thresholds, decided, correct, curves, k = {}, {}, {}, {}, dict.fromkeys(rows, 1)
+    for row in sorted(rows, key=lambda row: row in CURVES):  # these need to know what `art` costs
+        decides, candidate, _ = ROWS[row]
+        if row in CURVES:
+            budget = total(cost("art", test, decided["art"][0], models)) if "art" in decided else None
+            k[row], curves[row] = add_curve(args, row, test, models, budget)
+            right = columns(args.task, test)[0]
         thresholds[row] = set_threshold(row, *on_dev)
         if decides == "random":  # the mean over every subset of the size that the Asker refines, exactly
-            share = decided["asker"][0].mean()
-            decided[row] = np.full(n, share), None
-            correct[row] = (1 - share) * initial + share * right[refinement]
+            gate = outcome("asker", *on_test, set_threshold("asker", *on_dev))[0]
+            decided[row] = np.full(n, gate.mean()), None
+            correct[row] = (1 - gate.mean()) * initial + gate.mean() * right[candidate]
         else:
-            decided[row] = refine, take = outcome(row, right, p, trusts, thresholds[row])
-            correct[row] = np.where(take, right[refinement or "initial"], initial)
-    rows = []
-    for row, (decides, refinement, chooses) in ROWS.items():
+            decided[row] = refine, take = outcome(row, right, *on_test[1:], thresholds[row])
+            correct[row] = np.where(take, right[candidate or "initial"], initial)
+    results = {}
+    for row in rows:
+        decides, candidate, chooses = ROWS[row]
         refine, take = decided[row]
-        result = {"row": row, "settings": {
-            "strategy": args.strategy, "ask": decides, "subquestions": SUBQUESTIONS[refinement], "trust": chooses,
-            "facts": args.facts, "rounds": 1 if refinement else 0, "k": 1, "threshold": thresholds[row]},
+        alone = candidate in ALONE
+        results[row] = result = {"row": row, "settings": {
+            "strategy": args.strategy, "ask": None if alone else decides, "subquestions": SUBQUESTIONS.get(candidate),
+            "trust": CURVES.get(row) if alone else chooses, "facts": args.facts,
+            "rounds": 1 if candidate and not alone else 0, "k": k[row], "threshold": thresholds[row]},
             "accuracy": float(correct[row].mean()), "ci95": wilson(float(correct[row].sum()), n),
-            "refined_share": float(refine.mean())}
+            "refined_share": 0.0 if alone else float(refine.mean())}
         if take is None:  # an expectation has no answers to compare, count or pair
             result |= dict.fromkeys(["vs_initial", "vs_self_refine", "flips", "same_answer", "unparsed", "cut_off"])
         else:
-            answers = [r["candidates"][refinement if t else "initial"] for r, t in zip(test, take)]
-            same = [r["candidates"][refinement]["answer"] == r["candidates"]["initial"]["answer"]
+            answers = [r["candidates"][candidate if t else "initial"] for r, t in zip(test, take)]
+            same = [r["candidates"][candidate]["answer"] == r["candidates"]["initial"]["answer"]
                     for r, refined in zip(test, refine) if refined]
             result |= {
                 "vs_initial": compare(correct[row], initial, args.seed),
-                "vs_self_refine": compare(correct[row], correct["self_refine"], args.seed),
+                "vs_self_refine": compare(correct[row], correct["self_refine"], args.seed)
+                if "self_refine" in rows else None,
                 "flips": {"wrong_right": int((correct[row] & ~initial).sum()),
                           "right_wrong": int((~correct[row] & initial).sum())},
                 "same_answer": float(np.mean(same)) if same else None,
                 "unparsed": sum(a["answer"] is None for a in answers),
                 "cut_off": sum(not a["stopped"] for a in answers)}
-        rows.append({**result, "failed": 0, "cost": cost(row, test, refine, models)})
-    return rows, {row: pair[1] for row, pair in decided.items()}
+        result |= {"failed": 0, "cost": cost(row, test, refine, models)}
+    sweeps = {row: sweep(row, *on_test) for row in ("asker", "art") if row in rows}
+    return results, {row: pair[1] for row, pair in decided.items()}, curves, sweeps
 
 
 def table(results):
@@ -254,16 +383,33 @@ def table(results):
         lines.append(f"| {row['row']} | {row['accuracy']:.1%} ({low:.1%} to {high:.1%}) | {' | '.join(versus)} | "
                      f"{flips['wrong_right']} | {flips['right_wrong']} | {row['refined_share']:.0%} | {same} | "
                      f"{' | '.join(counts)} | {tokens:.0f} |")
-    gates = [f"{name} {art.show(value['auc'], '.3f')}"
-             for name, value in results["decision"].items()]
+    lines += [f"| {row} | not available: {reason} " + "| " * 11 + "|"
+              for row, reason in results["not_available"].items()]
     lines += ["", f"{results['n']} questions, seed {results['seed']}. Mended and broken: wrong drafts made right, "
-              "right drafts made wrong. Tokens: read and written by all models, per question.",
-              "Decision to refine, AUC: " + ", ".join(gates) + "."]
+              "right drafts made wrong. Tokens: read and written by all models, per question."]
+    if results["decision"]:
+        lines.append("Decision to refine, AUC: " + ", ".join(
+            f"{name} {art.show(value['auc'], '.3f')}" for name, value in results["decision"].items()) + ".")
+    for name, curve in results["curves"].items():
+        k = next(row["settings"]["k"] for row in results["rows"] if row["row"] == name)
+        points = ", ".join(f"{point['accuracy']:.1%} (k = {point['k']})" for point in curve)
+        lines.append(f"{name}: {points}; in the table at k = {k}, the smallest that costs at least what art does.")
     return "\n".join(lines) + "\n"
 
 
+def paper(results):
+    """Ours beside the paper's figures for the task, as a Markdown table; empty where the paper has no such task."""
+    figures = [f for f in art.read_jsonl(art.ROOT / "docs/paper.jsonl") if f["task"] == results["task"].split("-")[0]]
+    ours = {row["row"]: f"{row['accuracy']:.1%}" for row in results["rows"]}
+    lines = [f"| {f['row']} | {f['llm']} | {f['figure']} | {ours.get(f['row'], '-')} | {f['status']} | {f['source']} |"
+             for f in figures]
+    head = ["", f"The paper's figures beside ours ({results['models']['llm']['model']}):", "",
+            "| row | the paper's LLM | paper | ours | status | source |", "| --- " * 6 + "|"]
+    return "\n".join(head + lines) + "\n" if lines else ""
+
+
 def picture(results, path):
-    """Accuracy of the rows with intervals; left out, with a word, where matplotlib is missing."""
+    """Accuracy of the rows, accuracy against share refined and against cost; left out where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -271,13 +417,31 @@ def picture(results, path):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    rows = results["rows"][::-1]
-    middle = np.array([row["accuracy"] for row in rows])
-    ends = np.abs(np.array([row["ci95"] for row in rows]).T - middle)
-    colours = ["0.7" if row["row"].startswith("oracle") else "C1" if row["row"] == "art" else "C0" for row in rows]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.barh([row["row"] for row in rows], 100 * middle, xerr=100 * ends, color=colours, capsize=2)
-    axes.set_xlabel(f"accuracy in % ({results['task']}, {results['n']} questions, 95% intervals; grey: upper bounds)")
+    rows = {row["row"]: row for row in results["rows"]}
+    middle = np.array([row["accuracy"] for row in rows.values()])
+    ends = np.abs(np.array([row["ci95"] for row in rows.values()]).T - middle)
+    colours = ["0.7" if row.startswith("oracle") else "C1" if row == "art" else "C0" for row in rows]
+    figure, (bars, gate, price) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    bars.barh(list(rows), 100 * middle, xerr=100 * ends, color=colours, capsize=2)
+    bars.invert_yaxis()
+    bars.set_xlabel(f"accuracy in % ({results['task']}, {results['n']} questions, 95% intervals; grey: upper bounds)")
+    for name, points in results["sweeps"].items():
+        shares, accuracy = ([100 * point[key] for point in points] for key in ("refined_share", "accuracy"))
+        line, = gate.plot(shares, accuracy, label=f"{name}, every threshold")
+        gate.plot(100 * rows[name]["refined_share"], 100 * rows[name]["accuracy"], "o", color=line.get_color())
+    if {"initial", "refine_always"} <= rows.keys():
+        gate.plot([0, 100], [100 * rows[row]["accuracy"] for row in ("initial", "refine_always")], "--", color="0.6",
+                  label="refining at random")
+    gate.set(xlabel="share refined in % (dot: the threshold from dev)", ylabel="accuracy in %")
+    for name, points in results["curves"].items():
+        price.plot([total(point["cost"]) for point in points], [100 * point["accuracy"] for point in points], ".-",
+                   label=f"{name}, k = 1 to {points[-1]['k']}")
+    for name in ("initial", "self_refine", "asker", "art"):
+        if name in rows:
+            price.plot(total(rows[name]["cost"]), 100 * rows[name]["accuracy"], "o", label=name)
+    price.set(xlabel="floating-point operations a question", ylabel="accuracy in %")
+    for axes in (gate, price):
+        axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -299,69 +463,115 @@ def flips(task, records, take):
                    for name, items in parts.items())
 
 
-def summary(folder, names):
-    """Several runs side by side as a Markdown table: mean accuracy, its range, and each run's difference and p."""
+def read_runs(args, names):
+    """results.json of finished runs, given as --run names or as folders."""
     runs = []
     for name in names:
-        path = folder / name / "results.json"
-        if not path.is_file():
-            raise art.UserError(f"{path} is missing: make it with: python evaluate.py --run {name}")
-        runs.append(json.loads(path.read_text()))
-    for name, run in zip(names, runs):
-        same = {key: runs[0][key] for key in ("task", "n", "data_sha256", "models")}
-        art.require_same(run, same, folder / name, "give runs of the same models on the same questions")
+        path = next((p for p in (args.runs / args.task / name, Path(name)) if (p / "results.json").is_file()), None)
+        if not path:
+            raise art.UserError(f"no results.json of {name}: make it with: python evaluate.py --run {name}")
+        runs.append(json.loads((path / "results.json").read_text()))
+        same = {key: runs[0][key] for key in ("task", "n", "data_sha256")}
+        art.require_same(runs[-1], same, path, "give runs on the same questions")
+    return runs
+
+
+def summary(names, runs):
+    """Several runs side by side as a Markdown table: mean accuracy, its range, and each run's difference and p."""
     lines = ["| row | mean accuracy | lowest to highest | vs initial (p of each run) | vs self_refine (p of each) |",
              "| --- " * 5 + "|"]
-    for rows in zip(*(run["rows"] for run in runs)):
+    tables = [{row["row"]: row for row in run["rows"]} for run in runs]
+    for name in [name for name in tables[0] if all(name in table for table in tables)]:
+        rows = [table[name] for table in tables]
         accuracy = [row["accuracy"] for row in rows]
         versus = [f"{np.mean([row[key]['delta'] for row in rows]):+.1%} "
                   f"({', '.join(format(row[key]['p'], '.2g') for row in rows)})"
-                  if rows[0][key] else "-" for key in ("vs_initial", "vs_self_refine")]
-        lines.append(f"| {rows[0]['row']} | {np.mean(accuracy):.1%} | {min(accuracy):.1%} to {max(accuracy):.1%} | "
+                  if all(row[key] for row in rows) else "-" for key in ("vs_initial", "vs_self_refine")]
+        lines.append(f"| {name} | {np.mean(accuracy):.1%} | {min(accuracy):.1%} to {max(accuracy):.1%} | "
                      f"{' | '.join(versus)} |")
-    areas = {gate: ", ".join(art.show(run["decision"][gate]["auc"], ".3f") for run in runs)
-             for gate in ("asker", "self")}
+    areas = [f"{gate} {', '.join(art.show(run['decision'][gate]['auc'], '.3f') for run in runs)}"
+             for gate in runs[0]["decision"] if all(gate in run["decision"] for run in runs)]
     return "\n".join([*lines, "", f"{len(runs)} runs ({', '.join(names)}), the same {runs[0]['n']} questions in each. "
-                      f"Decision to refine, AUC of each run: asker {areas['asker']}; self {areas['self']}."])
+                      f"Decision to refine, AUC of each run: {'; '.join(areas)}."])
+
+
+def grid(names, runs):
+    """The paper's grid over several runs: strategy x sub-questions x who asks x who trusts, as a Markdown table."""
+    lines = ["| run | strategy | sub-questions | who asks | who trusts | accuracy (95%) |", "| --- " * 6 + "|"]
+    for name, run in zip(names, runs):
+        for row in run["rows"]:
+            how = row["settings"]
+            if row["row"] in ("initial", "refine_always") or how["ask"] in ("self", "asker"):
+                cells = [how["strategy"], how["subquestions"], how["ask"], how["trust"]]
+                low, high = row["ci95"]
+                lines.append(f"| {name} | {' | '.join(cell or '-' for cell in cells)} | {row['accuracy']:.1%} "
+                             f"({low:.1%} to {high:.1%}) |")
+    return "\n".join(lines)
+
+
+def choose_rows(args):
+    """(the rows asked for, {row: why it cannot be had}). By default all but `end_to_end`, which needs a model more."""
+    folder = args.adapters or args.runs / args.task / args.run
+    names = list(ROWS) if args.rows == "all" else args.rows.split(",") if args.rows else list(ROWS)
+    if unknown := set(names) - set(ROWS):
+        raise art.UserError(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}, all")
+    if args.rows == "all" and not args.adapters and not (folder / "end_to_end/args.json").is_file():
+        same = [word for key in ("task", "preset", "seed", "run", "runs", "data", "limit", "bits")
+                if getattr(args, key) is not None for word in (f"--{key}", str(getattr(args, key)))]
+        if subprocess.run([sys.executable, str(art.ROOT / "train_asker.py"), "--end-to-end", *same]).returncode:
+            raise art.UserError("end_to_end could not be trained (see above): give --rows without it")
+    lacking = {}
+    for name, flag in (("finetuned", "--task-epochs 1 --run ANOTHER"), ("end_to_end", "--end-to-end")):
+        if name in names and not (folder / name / "args.json").is_file() and not (args.rows and args.rows != "all"):
+            lacking[name] = f"`python train_asker.py {flag}` makes it"
+    return [row for row in ROWS if row in names and row not in lacking], lacking
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, parents=[art.make_parser(llm=True)],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--summary", nargs="+", metavar="RUN", help="only print these finished runs side by side")
+    add = parser.add_argument
+    add("--rows", help=f"comma-separated, of {', '.join(ROWS)}; or all (all that need no training beside the two)")
+    add("--adapters", type=Path, metavar="FOLDER",
+        help="take Asker, Truster and finetuned from this run, also of another task (the run itself)")
+    add("--summary", nargs="+", metavar="RUN", help="only print these finished runs side by side")
+    add("--grid", nargs="+", metavar="RUN", help="only print the paper's grid over these finished runs or run folders")
     args, began = art.parse(parser, "evaluate"), time.time()
-    if args.summary:
-        print(summary(args.runs / args.task, args.summary))
-        return
+    for names, show in ((args.summary, summary), (args.grid, grid)):
+        if names:
+            print(show(names, read_runs(args, names)))
+            return
     folder = args.runs / args.task / args.run
     dev, test = (art.load_task(args.task, split, args.limit, args.data) for split in ("dev", "test"))
+    rows, lacking = choose_rows(args)
     with art.lock(folder):
-        records = run_stages(args, dev, test)
-        about = {name: art.read_about(folder / name, f"train_{name}.py")["model"] for name in ("asker", "truster")}
-        models = {name: {"model": model, "parameters": art.parameters(model)}
-                  for name, model in {"llm": args.model, **about}.items()}
-        dev, test = records[: len(dev)], records[len(dev):]
-        rows, takes = make_rows(args, dev, test, models)
+        used = run_stages(args, rows, dev, test)
+        models = {name: {"model": model, "parameters": art.parameters(model)} for name, model in used.items()}
+        if "logprob" not in columns(args.task, test)[2] and "logprob_choice" in rows:
+            rows.remove("logprob_choice")
+            lacking["logprob_choice"] = "the server gives no log-probabilities"
+        made, takes, curves, sweeps = make_rows(args, rows, dev, test, models)
         wrong = [not art.is_correct(args.task, r["candidates"]["initial"]["text"], r["answer"]) for r in test]
         results = {
             "task": args.task, "models": models, "n": len(test), "seed": args.seed, **art.provenance(),
             "data_sha256": art.data_hash(args.task, ["train", "dev", "test"], args.data),
             "seconds": round(time.time() - began, 1),
             "decision": {name: {"auc": art.auc([r["ask"][name]["p_refine"] for r in test], wrong)}
-                         for name in ("asker", "self")},
-            "rows": rows}
+                         for name in test[0].get("ask", ())},
+            "rows": list(made.values()), "not_available": lacking, "curves": curves, "sweeps": sweeps}
         path = folder / "results.json"
         before = json.loads(path.read_text()) if path.is_file() else {}
         if all(before.get(key) == results[key] for key in ("task", "models", "n", "data_sha256", "rows")):
             results |= {key: before[key] for key in ("commit", "versions", "seconds")}  # of the run that made them
-        for record, taken in zip(test, takes["art"]):
-            record["final"] = record["candidates"]["refined" if taken else "initial"]["answer"]
+        if "art" in takes:
+            for record, taken in zip(test, takes["art"]):
+                record["final"] = record["candidates"]["refined" if taken else "initial"]["answer"]
+            art.write_text(folder / "flips.txt", flips(args.task, test, takes["art"]))
         art.write_jsonl(folder / "records.jsonl", test)
-        art.write_text(folder / "flips.txt", flips(args.task, test, takes["art"]))
-        art.write_text(folder / "table.md", table(results))
+        art.write_text(folder / "table.md", table(results) + paper(results))
         picture(results, folder / "results.png")
         art.write_text(path, json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    print(table(results) + paper(results))
     print(f"{folder}: results.json, table.md, records.jsonl, flips.txt ({results['seconds']:.0f} s)")
 
 

@@ -3,6 +3,7 @@
 import itertools
 import random
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_threshold_is_the_best_of_all():
 def test_rows_on_a_hand_made_case():
     """Four questions, one of each kind: right then right, right then wrong, wrong then right, wrong then wrong."""
     right = {"initial": np.array([1, 1, 0, 0], bool), "refined": np.array([1, 0, 1, 0], bool)}
-    p, trusts = {"asker": np.array([0.1, 0.6, 0.9, 0.9])}, np.array([0, 0, 1, 1], bool)
+    p, trusts = {"asker": np.array([0.1, 0.6, 0.9, 0.9])}, {"truster": np.array([0, 0, 1, 1], bool)}
     taken = {row: evaluate.outcome(row, right, p, trusts, 0.5)[1].tolist()
              for row in ("initial", "refine_always", "always_truster", "asker", "art", "oracle_gate", "oracle_choice")}
     assert taken == {"initial": [False] * 4, "refine_always": [True] * 4, "always_truster": [False, False, True, True],
@@ -58,6 +59,31 @@ def test_rows_on_a_hand_made_case():
                      "oracle_gate": [False, False, True, True], "oracle_choice": [False, False, True, False]}
     assert evaluate.set_threshold("asker", right, p, trusts) > 0.6
     assert evaluate.set_threshold("initial", right, p, trusts) is None
+    ends = evaluate.sweep("asker", right, p, trusts)
+    assert ends[0] == {"threshold": 0.0, "refined_share": 1.0, "accuracy": 0.5} and ends[-1]["refined_share"] == 0
+
+
+def test_vote_and_truster_among_samples():
+    """No answer never wins a vote, the earlier answer wins a tie, and the Truster's choice may be a later one."""
+    answers = [None, None, "4", "5", "5", "4", "4"]
+    record = {"candidates": {"samples": [{"answer": answer, "number": i} for i, answer in enumerate(answers)]},
+              "trust": {"samples": {str(i): score for i, score in enumerate([0, 1, 2, 9, 3, 4, 5])}}}
+    assert [evaluate.pick(record, "majority", k)["number"] for k in (1, 2, 3, 4, 5, 6, 7)] == [0, 0, 2, 2, 3, 2, 2]
+    assert [evaluate.pick(record, "best_of_k", k)["number"] for k in (1, 3, 7)] == [0, 2, 3]
+
+
+def test_curve_is_read_off_at_the_cost_of_art():
+    args = types.SimpleNamespace(task="gsm8k")
+    samples = [{"text": f"#### {n}", "answer": str(n), "stopped": True, "tokens": 10, "prompt_tokens": 50}
+               for n in (3, 4, 4, 4, 3, 3, 3, 3)]
+    test = [{"answer": "4", "candidates": {"samples": samples}, "trust": {"samples": {
+        **{str(i): -i for i in range(8)}, "prompt_tokens": 800}}}]
+    models = {"llm": {"parameters": 1}, "truster": {"parameters": 1}}
+    k, curve = evaluate.add_curve(args, "majority", test, models, 2 * 75)  # 50 + 3 x 10 is the first that is not below
+    assert k == 3 and [point["accuracy"] for point in curve] == [0, 0, 1, 1, 0]
+    assert evaluate.total(curve[2]["cost"]) == 2 * 80 and test[0]["candidates"]["majority"]["answer"] == "4"
+    k, curve = evaluate.add_curve(args, "best_of_k", test, models, None)
+    assert k == 8 and evaluate.total(curve[-1]["cost"]) == 2 * (50 + 80 + 800) and curve[-1]["accuracy"] == 0
 
 
 def test_pair_losses_against_a_loop():
@@ -90,7 +116,8 @@ def test_asker_loss_is_on_the_target_alone(lm):
                for i, question in (("a", "Ann has one pen. How many?"), ("b", "Two?"))]
     samples = {i: [{"text": "#### 1", "correct": False}, {"text": "#### 2", "correct": True}] for i in "ab"}
     ids = {tokenizer(f"{art.DECISION} {word}")["input_ids"][-1] for word in ("Yes", "No")}
-    examples, share = train_asker.ask_examples(records, samples, tokenizer, ids)
+    asked = {record["id"]: art.subquestions_of(record) for record in records}
+    examples, share = train_asker.ask_examples(records, samples, asked, tokenizer, ids)
     assert share == 0.5 and len(examples) == 4
     for example in examples:
         assert tokenizer.decode([example["target"][example["decision"]]]).strip() in ("Yes", "No")

@@ -32,11 +32,14 @@ print(row["a"].hex(), float(logits.max()).hex(), int(logits.argmax()))
 def test_results(kit):
     folder = kit.runs / "toy/default"
     results = json.loads((folder / "results.json").read_text())
-    assert [row["row"] for row in results["rows"]] == list(evaluate.ROWS) and results["n"] == 40
+    assert [row["row"] for row in results["rows"]] == [row for row in evaluate.ROWS if row != "end_to_end"]
+    assert results["n"] == 40 and list(results["not_available"]) == ["end_to_end"]
     rows = {row["row"]: row for row in results["rows"]}
     records = art.read_jsonl(folder / "records.jsonl")
     for record in records:
-        assert set(record["candidates"]) == {"initial", "refined", "refined_plain", "refined_self"}
+        assert set(record["candidates"]) == {"initial", "refined", "refined_plain", "refined_self", "finetuned",
+                                             "samples", "majority", "best_of_k"}
+        assert 0 <= record["trust"]["self"]["refined"] == 1 - record["trust"]["self"]["initial"] <= 1
         assert 0 <= record["ask"]["asker"]["p_refine"] <= 1
         assert {"initial", "refined"} <= set(record["trust"]["truster"])
     for name in ("initial", "refined"):  # the table must be what the records say
@@ -49,6 +52,8 @@ def test_results(kit):
     share = rows["asker"]["refined_share"]
     expected = (1 - share) * rows["initial"]["accuracy"] + share * rows["refine_always"]["accuracy"]
     assert rows["random_gate"]["accuracy"] == pytest.approx(expected)
+    samples = [art.is_correct("toy", r["candidates"]["samples"][0]["text"], r["answer"]) for r in records]
+    assert {curve[0]["accuracy"] for curve in results["curves"].values()} == {np.mean(samples)}
     assert "| art |" in kit.out["evaluate"] and "== mended: " in (folder / "flips.txt").read_text()
 
 
