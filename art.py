@@ -784,11 +784,11 @@ def predict(lm, task, records, exemplars=(), strategy="cot", facts=False, **how)
     yield from solutions(lm, task, strategy, prompts, shown, **how)
 
 
-def draw(lm, args, records, k, temperature, first=0, **how):
+def draw(lm, args, records, k, temperature, seed, first=0, **how):
     """Samples first, first + 1, ... of each record as rows of samples.jsonl: a prediction, its number, its verdict."""
     exemplars = load_exemplars(args.task, args.shots, args.data)
     for batch in predict(lm, args.task, records, exemplars, args.strategy, args.facts == "both", k=k,
-                         temperature=temperature, seed=args.seed, max_new_tokens=args.max_new_tokens, **how):
+                         temperature=temperature, seed=seed, max_new_tokens=args.max_new_tokens, **how):
         yield [(i, [{"sample": first + j, "correct": is_correct(args.task, made["text"], records[i]["answer"]), **made}
                     for j, made in enumerate(several)]) for i, several in batch]
 
@@ -1246,7 +1246,6 @@ def make_parser(llm=False, training=False):
             help="where StrategyQA's facts stand: to refine, as in the paper, or to predict too, as a control (refine)")
         add("--strategy", default="cot", choices=("cot", "decomp"),
             help="of the first answer: chain of thought, or sub-questions (cot)")
-        add("--temperature", type=float, default=0.7, help="of samples (0.7: varied, still sensible)")
         add("--max-new-tokens", type=int, help="of an answer; longer ones are cut off and counted (preset)")
         add("--batch-tokens", type=int, help="of a batch with padding and new ones (preset; halved if memory runs out)")
     if training:
@@ -1301,7 +1300,7 @@ def sample(args):
 
     def rows(label, records, k, temperature, first=0):
         return stage(path, label, [record["id"] for record in records], lambda done: draw(
-            llm(), args, records, k, temperature, first, done=done), first + k)
+            llm(), args, records, k, temperature, args.seed, first, done=done), first + k)
 
     with lock(args.runs / args.task):
         claim(path, fingerprint(args, args.model, [*LLM_KEYS, "seed", "temperature"]))
@@ -1390,6 +1389,7 @@ def main():
         one.set_defaults(call=call)
         if name == "sample":
             one.add_argument("--k", type=int, help="predictions a training question (preset)")
+            one.add_argument("--temperature", type=float, default=0.7, help="of these (0.7: varied, still sensible)")
         elif name == "solve":
             one.add_argument("question", help="the question, in quotes")
     args = parse(parser, "art")

@@ -154,8 +154,9 @@ def run_stages(args, rows, dev, test):
         return {name: record["candidates"][name]["text"] for name in ("initial", "refined")}
 
     alone = {**llm, "test": art.data_hash(task, ["test"], args.data)}
-    drawn = stage("samples", {**alone, "seed": args.seed, "temperature": args.temperature}, test, lambda done: art.draw(
-        shelf.get("llm"), args, test, max(CURVE_K), args.temperature, done=done), max(CURVE_K))
+    drawing = {key: made_by[key] for key in ("seed", "temperature")}  # as the samples of train, for all runs
+    drawn = stage("samples", {**alone, **drawing}, test, lambda done: art.draw(
+        shelf.get("llm"), args, test, max(CURVE_K), **drawing, done=done), max(CURVE_K))
     records = dev + test
     for record in dev:
         record["candidates"] = {"initial": strip(samples[record["id"]][0])}
