@@ -255,8 +255,8 @@ def pick(record, row, k):
 def add_curve(args, row, test, models, budget):
     """Put the choice among k samples into the candidates of `test`; returns (k, [{"k", "accuracy", ...}, ...]).
 
-    k is the smallest whose cost is at least `budget`, what `art` costs: the rival gets no less. The prompt is counted
-    once, since samples share the pass over it.
+    k is the first whose cost is at least `budget`, what `art` costs, so that the rival gets no less; or the last of all.
+    The prompt is counted once, since samples share the pass over it.
     """
     curve, chosen = [], None
     for k in range(1, max(CURVE_K) + 1):
@@ -394,7 +394,8 @@ def table(results):
     for name, curve in results["curves"].items():
         k = next(row["settings"]["k"] for row in results["rows"] if row["row"] == name)
         points = ", ".join(f"{point['accuracy']:.1%} (k = {point['k']})" for point in curve)
-        lines.append(f"{name}: {points}; in the table at k = {k}, the smallest that costs at least what art does.")
+        lines.append(f"{name}: {points}; in the table k = {k}, the first that costs what art does, at most "
+                     f"{max(CURVE_K)}.")
     return "\n".join(lines) + "\n"
 
 
