@@ -795,7 +795,7 @@ def draw(lm, args, records, k, temperature, seed, first=0, **how):
 
 def subquestions_of(record):
     """The gold sub-questions of a record or exemplar."""
-    return [subquestion for subquestion, _ in record.get("solution", ())]
+    return [subquestion for subquestion, _ in record.get("solution", ()) if subquestion]
 
 
 def parse_subquestions(text):

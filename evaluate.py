@@ -170,9 +170,10 @@ def run_stages(args, rows, dev, test):
     stage("refined_plain", by, records, lambda done: art.refine(
         shelf.get("llm"), task, records, drafts(), done=done, **supported))
     for name, step, room in (("finetuned", art.predict, 1), ("end_to_end", art.end_to_end, 3)):
-        stage(name, {**alone, **adapter(name)}, test, with_adapter(
-            name, step, records=test, max_new_tokens=room * args.max_new_tokens,
-            **({"strategy": shelf.about(name)["strategy"]} if name == "finetuned" else {})))
+        if name in needed:
+            how = {"strategy": shelf.about(name)["strategy"]} if name == "finetuned" else {}
+            stage(name, {**alone, **adapter(name)}, test, with_adapter(
+                name, step, records=test, max_new_tokens=room * args.max_new_tokens, **how))
     by |= adapter("asker")
     by = stage("ask", by, records, lambda done: with_adapter(
         "asker", art.ask, records=records, drafts=drafts(), shift=shelf.about("asker")["shift"],
@@ -255,7 +256,7 @@ def pick(record, row, k):
 def add_curve(args, row, test, models, budget):
     """Put the choice among k samples into the candidates of `test`; returns (k, [{"k", "accuracy", ...}, ...]).
 
-    k is the first whose cost is at least `budget`, what `art` costs, so that the rival gets no less; or the last of all.
+    k is the first whose cost is at least `budget`, what `art` costs, so that the rival gets no less; or the last.
     The prompt is counted once, since samples share the pass over it.
     """
     curve, chosen = [], None

@@ -1,8 +1,10 @@
-"""The commands of the README's section on ablations, run in their order with tiny sizes."""
+"""What the README shows, run: the commands of its section on ablations, in their order, and a task of one's own."""
 
 import json
 import shlex
+import subprocess
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT, TINY
@@ -82,3 +84,37 @@ def test_grid(ran, monkeypatch, capsys):
     out = capsys.readouterr().out
     for cells in ("| decomp | asker | asker | truster |", "| cot | self | self | most_recent |", "| cot | - | - | - |"):
         assert cells in out
+
+
+def test_adapters_of_another_run(ran, kit, monkeypatch):
+    """`--adapters` takes the fine-tuned models from elsewhere; of the same task, the row is the same."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data", str(kit.data), "--runs", str(kit.runs), "--limit", "40",
+                                      "--run", "transfer", "--rows", "initial,finetuned", "--adapters",
+                                      str(kit.runs / "toy/default")])
+    evaluate.main()
+    rows, own = rows_of(ran, "runs/toy/transfer"), rows_of(ran, "runs/toy/default")
+    assert rows.keys() == {"initial", "finetuned"} and rows["finetuned"]["accuracy"] == own["finetuned"]["accuracy"]
+
+
+def test_task_of_your_own(tmp_path, monkeypatch, capsys):
+    """The README's prepare.py and its line for TASKS, as they stand there, up to the samples and sub-questions."""
+    section = (ROOT / "README.md").read_text().split("## A task of your own")[1].split("\n## ")[0]
+    script = section.split("`|`):\n\n")[1].split("\n\nand one line")[0]
+    entry = section.split("art.py:\n\n")[1].split("\n")[0]
+    folder = tmp_path / "data/quiz"
+    folder.mkdir(parents=True)
+    (tmp_path / "art.py").symlink_to(ROOT / "art.py")
+    (folder / "prepare.py").write_text(textwrap.dedent(script))
+    lines = [f'"Ann has {n} pens and buys {n + 2}. How many pens has Ann?",{2 * n + 2},{n} + {n + 2} = {2 * n + 2}.'
+             for n in range(1, 26)]
+    (folder / "questions.csv").write_text("question,answer,steps\n" + "\n".join(lines) + "\n")
+    subprocess.run([sys.executable, str(folder / "prepare.py")], check=True, capture_output=True)
+    monkeypatch.setitem(art.TASKS, *eval("{" + entry + "}").popitem())
+    sizes = [len(art.load_task("quiz", split, data=tmp_path / "data")) for split in ("train", "dev", "test")]
+    assert sizes == [16, 4, 5]
+    for command in (["sample", "--k", "2"], ["subquestions"]):
+        monkeypatch.setattr(sys, "argv", ["art.py", *command, "--task", "quiz", "--data", str(tmp_path / "data"),
+                                          "--runs", str(tmp_path / "runs")])
+        art.main()
+    assert len(art.read_jsonl(tmp_path / "runs/quiz/samples.jsonl")) == 16 * 2 + 4 * 3
+    assert len(art.read_jsonl(tmp_path / "runs/quiz/subquestions.jsonl")) == 16
