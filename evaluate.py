@@ -186,8 +186,11 @@ def run_stages(args, rows, dev, test):
         records, [both(record) for record in records], done))
     stage("trust_samples", {**drawn, **adapter("truster")}, test, lambda done: shelf.get("truster").score(
         test, [{str(i): row["text"] for i, row in enumerate(r["candidates"]["samples"])} for r in test], done))
-    return {"llm": args.model, **{name: shelf.about(name)["model"] for name in ("asker", "truster")
-                                  if ADAPTED[name] & needed}}
+    models = {"llm": args.model}
+    for name in ADAPTED:
+        if ADAPTED[name] & needed:  # what is fine-tuned beside the Asker has its base
+            models.setdefault("truster" if name == "truster" else "asker", shelf.about(name)["model"])
+    return models
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,7 +525,8 @@ def choose_rows(args):
         same = [word for key in ("task", "preset", "seed", "run", "runs", "data", "limit", "bits")
                 if getattr(args, key) is not None for word in (f"--{key}", str(getattr(args, key)))]
         if subprocess.run([sys.executable, str(art.ROOT / "train_asker.py"), "--end-to-end", *same]).returncode:
-            raise art.UserError("end_to_end could not be trained (see above): give --rows without it")
+            raise art.UserError("end_to_end could not be trained (see above): train it with the flags you gave the "
+                                "Asker: python train_asker.py --end-to-end ...")
     lacking = {}
     for name, flag in (("finetuned", "--task-epochs 1 --run ANOTHER"), ("end_to_end", "--end-to-end")):
         if name in names and not (folder / name / "args.json").is_file() and not (args.rows and args.rows != "all"):
