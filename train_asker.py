@@ -184,7 +184,7 @@ def main():
         del model, base
         if args.end_to_end:
             art.write_about(folder / name / "args.json", {**asker_about, **trained})
-            print(f"{folder / name}: trained, loss {art.show(trained['loss'], '.3f')}; python evaluate.py --rows all has its row")
+            print(f"{folder / name}: loss {art.show(trained['loss'], '.3f')}; python evaluate.py --rows all has its row")
             return
         shift = math.log(share / (1 - share))
         lm = art.LM(args.asker_model, args.bits, art.PRESETS[args.preset]["all"]["batch_tokens"], chat="no")
