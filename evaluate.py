@@ -8,7 +8,6 @@ results.json, table.md, results.png (where matplotlib is installed), records.jso
 """
 
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -96,9 +95,7 @@ def run_stages(args, dev, test):
             rows = art.stage(folder / f"{name}-{digest}.jsonl", name, [record["id"] for record in over], batches)
         return [rows[record["id"]][0] for record in over], {**made_by, name: digest}
 
-    def adapter(name):
-        weights = (shelf.folder / name / "adapter_model.safetensors").read_bytes()
-        return hashlib.sha256(weights).hexdigest()[:16]
+    adapters = {name: art.adapter_hash(shelf.folder / name) for name in shelf.about}
 
     def asker(done):
         with shelf.get("asker").use("asker") as lm:
@@ -117,12 +114,12 @@ def run_stages(args, dev, test):
         shelf.get("llm"), task, records, drafts, [row["subquestions"] for row in asked_self], done=done, **supported))
     refined_plain, _ = stage("refined_plain", by, records, lambda done: art.refine(
         shelf.get("llm"), task, records, drafts, done=done, **supported))
-    asked, by = stage("ask", {**by, "asker": adapter("asker")}, records, asker)
+    asked, by = stage("ask", {**by, "asker": adapters["asker"]}, records, asker)
     refined, by = stage("refined", by, records, lambda done: art.refine(
         shelf.get("llm"), task, records, drafts, [row["subquestions"] for row in asked], done=done, **supported))
     texts = [{"initial": draft, "refined": row["text"]} for draft, row in zip(drafts, refined)]
-    trusted, _ = stage("trust", {**by, "truster": adapter("truster")}, records, lambda done: shelf.get("truster").score(
-        records, texts, done))
+    trusted, _ = stage("trust", {**by, "truster": adapters["truster"]}, records, lambda done: shelf.get(
+        "truster").score(records, texts, done))
 
     def strip(row):
         return {key: value for key, value in row.items() if key not in ("id", "sample", "correct")}
@@ -295,8 +292,8 @@ def flips(task, records, take):
                 f"-- sub-questions (p_refine {asker['p_refine']:.2f})", *asker["subquestions"],
                 f"-- refined (Truster: {scores['initial']:.2f} -> {scores['refined']:.2f})", after["text"],
                 f"-- gold {record['answer']}"]))
-    return "".join(f"==== {name}: {len(items)}\n\n" + "".join(item + "\n\n" for item in items)
-                   for name, items in parts.items())
+    return art.visible("".join(f"==== {name}: {len(items)}\n\n" + "".join(item + "\n\n" for item in items)
+                               for name, items in parts.items()))
 
 
 def summary(folder, names):

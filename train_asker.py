@@ -98,6 +98,7 @@ def dev_figures(args, lm, folder, dev, drafts, shift):
     texts = [drafts[record["id"]]["text"] for record in dev]
     wrong = np.array([not drafts[record["id"]]["correct"] for record in dev])
     lm.add_adapter("asker", folder)
+    art.claim(folder / "dev.jsonl", {"adapter": art.adapter_hash(folder)})
     with lm.use("asker"):
         rows = art.stage(folder / "dev.jsonl", "ask dev", [record["id"] for record in dev],
                          lambda done: art.ask(lm, args.task, dev, texts, shift=shift, done=done))
@@ -152,7 +153,6 @@ def main():
         show_example(tokenizer, examples[0])
         base = art.load_base(args.asker_model, args.bits)
         start = folder / "finetuned" if args.task_epochs else None
-        (folder / "asker/dev.jsonl").unlink(missing_ok=True)  # of an earlier adapter
         model = art.add_lora(base, art.TaskType.CAUSAL_LM, args.rank, start)
         trained = art.fine_tune(model, examples, collate, asker_loss, args, folder / "asker", args.epochs)
         del model, base
