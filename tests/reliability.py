@@ -11,10 +11,12 @@ import argparse
 import random
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import TINY, Kit, make_data, outcome, same, tear
 
 import art
