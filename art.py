@@ -17,12 +17,14 @@ import functools
 import gc
 import hashlib
 import http.client
+import itertools
 import json
 import logging
 import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -61,18 +63,24 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C one line and 130. No traceback for either."""
+    """Call `main`; a UserError or a full disk becomes one line and exit code 2, Ctrl-C one line and 130, untraced."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, whatever progress is shown
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped: what was written is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:  # files and safetensors say what is wrong, torch only where (the last of these words)
+        if not re.search("No space left|quota exceeded|File too large|inline_container", str(error)):
+            raise
+        tqdm.write("error: the disk is full, or a file at its size limit; what was written is kept: make room, and the "
+                   "same command goes on from there", file=sys.stderr)
+        sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,6 +220,16 @@ def write_text(path, text):
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+    wrote()
+
+
+WRITES = itertools.count(1)
+
+
+def wrote():
+    """Stands behind every write. For tests: ART_KILL_AFTER_WRITES=n kills the process behind its n-th."""
+    if next(WRITES) == int(os.environ.get("ART_KILL_AFTER_WRITES", 0)):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def to_lines(records):
@@ -423,8 +441,8 @@ def loading(name):
         yield
     except (GatedRepoError, HFValidationError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load the model {name!r}: {reason} (a folder or an ungated Hub id with safetensors "
-                        "weights is needed)") from None
+        raise UserError(f"cannot load the model {name!r}: {reason} (needed: a folder or an ungated Hub id with "
+                        "safetensors weights; pickled ones are refused, since reading them can run any code)") from None
 
 
 def model_revision(name):
@@ -970,10 +988,10 @@ def data_hash(task, splits=("train", "dev"), data=ROOT / "data"):
 
 
 def provenance():
-    """Versions of the packages and the commit of the kit, for the record (they are not compared)."""
+    """Versions of the packages and the commit of the kit (with "-dirty" where it was changed since)."""
     commit = None
     with contextlib.suppress(OSError):  # no git here
-        command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     packages = ("torch", "transformers", "bitsandbytes", "peft", "numpy")
     return {"commit": commit, "versions": {name: version(name) for name in packages}}
@@ -1000,13 +1018,24 @@ def write_about(path, about):
 
 
 def claim(path, made_by):
-    """Write beside `path` what makes it; refuse, naming the difference, if something else already did."""
+    """Write beside `path` what makes it; refuse, naming the difference, if something else already did.
+
+    Other package versions or another commit only warn and are added to the record: to refuse them would throw away
+    hours of work after a `git pull` or at Colab's next update.
+    """
     about = Path(path).with_suffix(".args.json")
     if not about.exists():
         write_about(about, made_by)
         return
     mend = f"delete it (and {about.name}) or give another --run or --runs"
-    require_same(json.loads(about.read_text()), made_by, path, mend)
+    before, now = json.loads(about.read_text()), provenance()
+    require_same(before, made_by, path, mend)
+    makers = [before["provenance"], *before.get("continued_by", [])]
+    if now not in makers:
+        old, new = ({"commit": made["commit"], **made["versions"]} for made in (makers[-1], now))
+        others = "; ".join(f"{key} = {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key])
+        print(f"warning: {path} was made with {others}: what is lacking is made with these", file=sys.stderr)
+        write_text(about, json.dumps({**before, "continued_by": [*makers[1:], now]}, indent=1) + "\n")
 
 
 def stage(path, label, ids, batches, per_id=1):
@@ -1030,6 +1059,7 @@ def stage(path, label, ids, batches, per_id=1):
                        if row.get("sample", 0) not in rows.get(ids[index], ())]
                 file.write(to_lines(new))
                 file.flush()
+                wrote()
                 for row in new:
                     rows.setdefault(row["id"], {})[row.get("sample", 0)] = row
                 bar.update(len({row["id"] for row in new}))
@@ -1091,6 +1121,13 @@ class StopOnNonFinite(transformers.TrainerCallback):
                                 "bf16 use --bits 32; the last checkpoint is kept")
 
 
+class CountCheckpoints(transformers.TrainerCallback):
+    """A checkpoint is a write like any other."""
+
+    def on_save(self, *args, **kwargs):
+        wrote()
+
+
 class LossTrainer(transformers.Trainer):
     """The Trainer with a loss function of (model, inputs) that returns a mean over the batch."""
 
@@ -1103,26 +1140,59 @@ class LossTrainer(transformers.Trainer):
         return self.loss(model, inputs)
 
 
-def fine_tune(model, examples, collate, loss, args, folder, epochs):
-    """Train the adapter of `model` on `examples`, going on from its last checkpoint; returns figures of it."""
-    dtype, cuda = compute_dtype(args.bits), torch.cuda.is_available()
+def last_checkpoint(folder):
+    """The last whole checkpoint in `folder`, or None: its trainer_state.json is written last, so it can be read."""
+    whole = []
+    for path in Path(folder).glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(ValueError):  # of a killed run, or a full disk
+            whole.append((json.loads(path.read_text())["global_step"], str(path.parent)))
+    return max(whole, default=(0, None))[1]
+
+
+def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
+    """Train the adapter of `model` on `examples`, going on from its last checkpoint; returns figures of it.
+
+    `size` is --batch-size, smaller where memory ran out: as many more batches are added up, so that a step remains the
+    same.
+    """
+    dtype, cuda, size = compute_dtype(args.bits), torch.cuda.is_available(), size or args.batch_size
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    fresh = [weight.detach().cpu().clone() for weight in trainable]
     settings = transformers.TrainingArguments(
         output_dir=str(Path(folder) / "checkpoints"), num_train_epochs=epochs, learning_rate=args.lr,
-        lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=1.0, per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.accumulate, optim="paged_adamw_8bit" if cuda else "adamw_torch",
+        lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=1.0, per_device_train_batch_size=size,
+        gradient_accumulation_steps=args.accumulate * args.batch_size // size,
+        optim="paged_adamw_8bit" if cuda else "adamw_torch",
         seed=args.seed, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
-        logging_steps=10, logging_nan_inf_filter=False, save_steps=args.save_steps, save_total_limit=1,
-        report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda, disable_tqdm=False)
-    trainer = LossTrainer(model, settings, collate, examples, callbacks=[StopOnNonFinite()], loss=loss)
-    whole = [path.parent for path in Path(folder).glob("checkpoints/*/trainer_state.json")]  # a file written last
-    last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+        # every checkpoint falls on a logged step: StopOnNonFinite has seen what is kept
+        logging_steps=math.gcd(10, args.save_steps), logging_nan_inf_filter=False, save_steps=args.save_steps,
+        save_total_limit=1, report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda,
+        disable_tqdm=False)
+    trainer = LossTrainer(model, settings, collate, examples, loss=loss,
+                          callbacks=[StopOnNonFinite(), CountCheckpoints()])
+    last, full = last_checkpoint(settings.output_dir), False
     if last:
         print(f"going on from {last}")
-    trainer.train(resume_from_checkpoint=last and str(last))
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except torch.OutOfMemoryError:
+        full = True  # dealt with below, since an exception holds on to what filled the memory
+    if full and size == 1:
+        raise UserError("out of memory with one example: lower --max-length, or use a smaller model or --bits 4; the "
+                        "last checkpoint is kept")
+    if full:
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
+        for weight, old in zip(trainable, fresh):  # there may be no checkpoint yet
+            weight.data.copy_(old)
+        half = size // 2 if size % 2 == 0 else 1
+        print(f"out of memory: a batch of {size} becomes {size // half} batches of {half}", file=sys.stderr)
+        return fine_tune(model, examples, collate, loss, args, folder, epochs, half)
     model.save_pretrained(folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"steps": trainer.state.global_step, "examples": len(examples), "loss": losses[-1] if losses else None,
-            "trainable_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad)}
+            "trainable_parameters": sum(weight.numel() for weight in trainable)}
 
 
 def load_samples(args, records):
@@ -1150,11 +1220,20 @@ def drop_long(examples, max_length):
     return kept
 
 
+ADAPTER = "adapter_model.safetensors"
+
+
+def adapter_hash(folder):
+    """A hash of the weights of an adapter."""
+    return hashlib.sha256((Path(folder) / ADAPTER).read_bytes()).hexdigest()[:16]
+
+
 def read_about(folder, script):
     """args.json of an adapter; refused where base model or prompts are no longer those it was trained with."""
     path = Path(folder) / "args.json"
-    if not path.is_file():
-        raise UserError(f"no trained adapter in {folder}: make it with: python {script} (same --task, --run, --preset)")
+    if not (path.is_file() and path.with_name(ADAPTER).is_file()):  # peft would take a pickled one instead
+        raise UserError(f"no trained adapter ({ADAPTER} and args.json) in {folder}: make it with: python {script} "
+                        "(same --task, --run, --preset)")
     about = json.loads(path.read_text())
     now = {"prompt_version": PROMPT_VERSION, "revision": model_revision(about["model"])}
     require_same(about, now, f"the adapter in {folder}", f"train it again with: python {script} --run ANOTHER")
@@ -1344,11 +1423,19 @@ def show(value, form=".1%"):
     return "-" if value is None else format(value, form)
 
 
+def visible(text):
+    r"""Text with its control characters made visible, so that it cannot steer a terminal.
+
+    >>> print(visible("\x1b[2Jwiped"))
+    \x1b[2Jwiped
+    """
+    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def show_record(parts):
-    """Print named texts, {name: text}; control characters are made visible."""
+    """Print named texts, {name: text}."""
     for name, text in parts.items():
-        text = "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in str(text))
-        print(f"  {name}: " + text.replace("\n", "\n" + " " * (len(name) + 4)))
+        print(f"  {name}: " + visible(str(text)).replace("\n", "\n" + " " * (len(name) + 4)))
 
 
 def solve(args):

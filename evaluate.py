@@ -10,7 +10,6 @@ results.json, table.md, results.png (where matplotlib is installed), records.jso
 
 import argparse
 import collections
-import hashlib
 import json
 import math
 import subprocess
@@ -135,7 +134,7 @@ def run_stages(args, rows, dev, test):
         if not ADAPTED[name] & needed:
             return {name: None}
         shelf.about(name)
-        return {name: hashlib.sha256((shelf.folder / name / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]}
+        return {name: art.adapter_hash(shelf.folder / name)}
 
     def with_adapter(name, step, **how):
         """Batches of a step of the model that carries an adapter."""
@@ -465,8 +464,8 @@ def flips(task, records, take):
                 f"-- sub-questions (p_refine {asker['p_refine']:.2f})", *asker["subquestions"],
                 f"-- refined (Truster: {scores['initial']:.2f} -> {scores['refined']:.2f})", after["text"],
                 f"-- gold {record['answer']}"]))
-    return "".join(f"==== {name}: {len(items)}\n\n" + "".join(item + "\n\n" for item in items)
-                   for name, items in parts.items())
+    return art.visible("".join(f"==== {name}: {len(items)}\n\n" + "".join(item + "\n\n" for item in items)
+                               for name, items in parts.items()))
 
 
 def read_runs(args, names):

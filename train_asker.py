@@ -115,6 +115,7 @@ def dev_figures(args, lm, folder, dev, drafts, shift):
     texts = [drafts[record["id"]]["text"] for record in dev]
     wrong = np.array([not drafts[record["id"]]["correct"] for record in dev])
     lm.add_adapter("asker", folder)
+    art.claim(folder / "dev.jsonl", {"adapter": art.adapter_hash(folder)})
     with lm.use("asker"):
         rows = art.stage(folder / "dev.jsonl", "ask dev", [record["id"] for record in dev],
                          lambda done: art.ask(lm, args.task, dev, texts, shift=shift, done=done))
@@ -178,13 +179,12 @@ def main():
         show_example(tokenizer, examples[0])
         base = art.load_base(args.asker_model, args.bits)
         start = folder / "finetuned" if args.task_epochs else None
-        (folder / name / "dev.jsonl").unlink(missing_ok=True)  # of an earlier adapter
         model = art.add_lora(base, art.TaskType.CAUSAL_LM, args.rank, start)
         trained = art.fine_tune(model, examples, collate, asker_loss, args, folder / name, args.epochs)
         del model, base
         if args.end_to_end:
             art.write_about(folder / name / "args.json", {**asker_about, **trained})
-            print(f"{folder / name}: loss {art.show(trained['loss'], '.3f')}; python evaluate.py --rows all has its row")
+            print(f"{folder / name}: loss {art.show(trained['loss'], '.3f')}; its row: python evaluate.py --rows all")
             return
         shift = math.log(share / (1 - share))
         lm = art.LM(args.asker_model, args.bits, art.PRESETS[args.preset]["all"]["batch_tokens"], chat="no")

@@ -7,15 +7,10 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import MAINS, ROOT, TINY
 
 import art
 import evaluate
-import train_asker
-import train_truster
-
-MAINS = {"art.py": art.main, "train_asker.py": train_asker.main, "train_truster.py": train_truster.main,
-         "evaluate.py": evaluate.main}
 
 
 def commands():
@@ -32,12 +27,13 @@ def ran(kit, tmp_path_factory):
     (folder / "runs").symlink_to(kit.runs)  # the runs that the commands start from
     monkeypatch = pytest.MonkeyPatch()
     for script, *flags in commands():
-        tiny = TINY["sample" if "sample" in flags else script.removesuffix(".py")] if flags[0] != "subquestions" else []
+        name = flags[0] if script == "art.py" else script.removesuffix(".py")
+        tiny = TINY.get(name, [])
         tiny = [word for pair in zip(tiny[::2], tiny[1::2]) if pair[0] not in flags for word in pair]
         where = ["--data", str(kit.data), "--limit", "40"] + ([] if "--runs" in flags else ["--runs", "runs"])
         monkeypatch.setattr(sys, "argv", [script, *flags, *where, *tiny])
         monkeypatch.chdir(folder)
-        MAINS[script]()
+        MAINS.get(name, art.main)()
     monkeypatch.undo()
     return folder
 

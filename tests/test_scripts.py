@@ -8,13 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_data
+from conftest import ROOT, TINY, refused
 from safetensors.torch import load_file
 
 import art
 import evaluate
-import train_asker
-import train_truster
 
 LOAD_AND_SCORE = """
 import sys, torch, art
@@ -163,31 +161,6 @@ def test_help(script):
     assert done.returncode == 0 and "usage" in done.stdout
 
 
-MAINS = {"sample": art.main, "solve": art.main, "train_asker": train_asker.main, "train_truster": train_truster.main,
-         "evaluate": evaluate.main}
-
-
-def refused(monkeypatch, capsys, script, *flags):
-    """Run a script in this process; it must end with exit code 2 and one line on stderr, which is returned."""
-    first = [script] if script in ("sample", "solve") else []
-    monkeypatch.setattr(sys, "argv", ["script", *first, *map(str, flags)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        art.run(MAINS[script])
-    lines = capsys.readouterr().err.splitlines()
-    lines = [line for line in lines if line and not line.startswith("usage") and "%|" not in line]
-    assert end.value.code == 2 and "Traceback" not in "".join(lines)
-    return lines[-1]
-
-
-@pytest.fixture
-def copy(kit, tmp_path):
-    """A copy of the finished run that a test may break."""
-    shutil.copytree(kit.folder, tmp_path / "kit")
-    folder = tmp_path / "kit"
-    return folder, ["--data", folder / "data", "--runs", folder / "runs", "--limit", "40"]
-
-
 @pytest.mark.parametrize("script", ["sample", "train_asker", "train_truster", "evaluate"])
 def test_unknown_flag(monkeypatch, capsys, script):
     assert "--no-such" in refused(monkeypatch, capsys, script, "--no-such", "1")
@@ -285,19 +258,3 @@ def test_second_process_is_refused(monkeypatch, capsys, copy):
         code = f"import sys, art; sys.argv = {argv!r}; art.run(art.main)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "another process" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_killed_sample_resumes(tmp_path, kit):
-    """Half of the samples and half a line, then the same command: the same file as an uninterrupted run made."""
-    make_data(tmp_path / "data")
-    (tmp_path / "runs/toy").mkdir(parents=True)
-    whole = (kit.runs / "toy/samples.jsonl").read_text()
-    (tmp_path / "runs/toy/samples.jsonl").write_text(whole[: len(whole) // 2])
-    shutil.copy(kit.runs / "toy/samples.args.json", tmp_path / "runs/toy")
-    again = type(kit)(tmp_path)
-    done = again("sample")
-    assert done.returncode == 0 and "1 half-written line dropped" in done.stderr
-    rows = {(row["id"], row["sample"]): row for row in art.read_jsonl(tmp_path / "runs/toy/samples.jsonl")}
-    expected = {(row["id"], row["sample"]): row for row in map(json.loads, whole.splitlines())}
-    assert rows.keys() == expected.keys()
-    assert all(rows[key]["text"] == expected[key]["text"] for key in rows)

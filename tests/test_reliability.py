@@ -1,0 +1,217 @@
+"""Killed, out of disk, out of memory, other inputs in the same folder: nothing lost, nothing mixed. See RELIABILITY.md.
+
+What is too slow for a test suite, such as 20 kills a script, is in tests/reliability.py.
+"""
+
+import ast
+import json
+import re
+import signal
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import ROOT, outcome, refused, same, tear
+from safetensors.torch import load_file, save_file
+
+import art
+import evaluate
+import train_truster
+
+SCRIPTS = sorted(path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith((".", "tests")))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+@pytest.mark.parametrize(("script", "writes"), [("sample", 3), ("train_asker", 6), ("train_truster", 2),
+                                                ("evaluate", 13)])
+def test_killed_loses_nothing(kit, tmp_path, monkeypatch, capsys, script, writes):
+    """Killed in the middle of a run, and of a line; the same command then leaves what an uninterrupted run left."""
+    again = kit.copy(tmp_path / "kit")
+    again.forget(script)
+    killed = again(script, kill_after=writes)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    torn = tear(again, script)
+    assert torn == (not script.startswith("train"))
+    again.here(monkeypatch, script)
+    said = capsys.readouterr()
+    assert ("1 half-written line dropped" in said.err) == torn
+    assert ("going on from" in said.out) == script.startswith("train")
+    assert same(outcome(script, again.runs), outcome(script, kit.runs))
+
+
+@pytest.mark.parametrize("script", ["sample", "train_truster"])
+def test_full_disk(kit, tmp_path, monkeypatch, capsys, script):
+    """A quota that ends in the middle of a sample, or of a checkpoint: one clear line, and what was written is kept."""
+    resource = pytest.importorskip("resource")
+    again, path = kit.copy(tmp_path / "kit"), tmp_path / "kit/runs/toy/samples.jsonl"
+    again.forget(script)
+    whole = (kit.runs / "toy/samples.jsonl").read_bytes()
+    quota = len(whole) // 2 if script == "sample" else 100_000
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (quota, most[1]))
+    try:
+        assert "the disk is full" in refused(monkeypatch, capsys, script, *again.flags(script))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    if script == "sample":
+        assert path.read_bytes() == whole[:quota]
+    else:
+        assert path.read_bytes() == whole and not (again.runs / "toy/default/truster/args.json").exists()
+        assert list(again.runs.glob("toy/default/truster/checkpoints/checkpoint-1/*"))  # a part of one,
+        assert art.last_checkpoint(again.runs / "toy/default/truster/checkpoints") is None  # which is not taken for one
+
+
+CHANGES = {  # what is changed: more flags, or an attribute of art, or a split; and the difference that is named
+    "arguments": (["--bits", "16"], "bits = 4, now it is 16"),
+    "seed": (["--seed", "1"], "seed = 0, now it is 1"),
+    "model": (["--MODEL", str(ROOT / "data/toy/base")], "model = data/toy/base, now it is "),
+    "revision": (("model_revision", lambda name: "other"), "revision = "),
+    "prompts": (("PROMPT_VERSION", art.PROMPT_VERSION + 1), f"prompt_version = {art.PROMPT_VERSION}, now it is "),
+    "data": ("dev", "data_sha256 = "),
+}
+
+
+def change_question(path):
+    """One question of a split is worded otherwise; its id stays."""
+    records = art.read_jsonl(path)
+    records[0]["question"] += " Think well."
+    art.write_jsonl(path, records)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("script", ["sample", "train_asker", "train_truster"])
+def test_other_input_is_refused(kit, tmp_path, monkeypatch, capsys, script, change):
+    """A finished output, one thing changed, the same command: refused with the difference named, nothing written."""
+    again, (how, named), flags = kit.copy(tmp_path / "kit"), CHANGES[change], []
+    if isinstance(how, list):
+        flags = [how[0].replace("MODEL", f"{script}-model".removeprefix("train_").replace("sample-", "")), how[1]]
+    elif isinstance(how, tuple):
+        monkeypatch.setattr(art, *how)
+    else:
+        change_question(again.data / f"toy/{how}.jsonl")
+    before = again.files()
+    assert named in refused(monkeypatch, capsys, script, *again.flags(script), *flags)
+    assert again.files() == before
+
+
+def test_evaluation_redoes_what_depends_on_a_change(kit, tmp_path, monkeypatch, capsys):
+    """Another Truster: its stage alone is made again. Another test question: the first stage is begun in a new file."""
+    again = kit.copy(tmp_path / "kit")
+    path = again.runs / "toy/default/truster" / art.ADAPTER
+    save_file({name: -weight for name, weight in load_file(path).items()}, path)
+    before = again.files()
+    again.here(monkeypatch, "evaluate")
+    new = {path.name.split("-")[0] for path in again.files().keys() - before.keys()}
+    assert new == {"trust"}
+    change_question(again.data / "toy/test.jsonl")
+    monkeypatch.setattr(art, "predict", lambda lm, task, records, **how: refuse(how["done"]))
+    assert "asked again without set()" in refused(monkeypatch, capsys, "evaluate", *again.flags("evaluate"))
+
+
+def refuse(done):
+    raise art.UserError(f"asked again without {done}")
+
+
+def test_other_versions_are_said_and_recorded(kit, tmp_path, monkeypatch, capsys):
+    again = kit.copy(tmp_path / "kit")
+    now = {"commit": "1234567", "versions": {**art.provenance()["versions"], "torch": "9.9"}}
+    monkeypatch.setattr(art, "provenance", lambda: now)
+    again.here(monkeypatch, "sample")
+    said = capsys.readouterr().err
+    assert f"torch = {torch.__version__.split('+')[0]}" in said and "now 9.9" in said and "now 1234567" in said
+    about = json.loads((again.runs / "toy/samples.args.json").read_text())
+    assert about["continued_by"] == [now] and about["provenance"] != now
+    again.here(monkeypatch, "sample")
+    assert "warning" not in capsys.readouterr().err  # said once
+    assert json.loads((again.runs / "toy/samples.args.json").read_text()) == about
+
+
+
+
+@pytest.mark.parametrize(("save_steps", "fails_at"), [(1, 3), (9, 3)])
+def test_training_out_of_memory(tmp_path, capsys, save_steps, fails_at):
+    """Batches of more than 2 fail from a step on, with and without a checkpoint by then: the steps remain the same.
+
+    The loss is a mean over questions, and there is no dropout: a step must give the loss it gives with enough memory.
+    """
+    tokenizer = art.load_tokenizer("data/toy/base")
+    records = [{"id": str(i), "question": f"Ann has {i} pens. How many?"} for i in range(20)]
+    samples = {str(i): [{"text": f"#### {i}", "correct": True}, {"text": f"#### {i + 1}", "correct": False}]
+               for i in range(20)}
+    groups = train_truster.contrast(records, samples, tokenizer)
+
+    def train(folder, most):
+        calls = []
+
+        def loss(model, inputs):
+            calls.append(len(inputs["sizes"]))
+            if calls[-1] > most and len(calls) > fails_at:
+                raise torch.OutOfMemoryError("simulated")
+            return train_truster.truster_loss(model, inputs)
+
+        model = art.add_lora(art.load_scorer("data/toy/base", 32, 0), art.TaskType.SEQ_CLS, 4)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        args = Namespace(bits=32, batch_size=6, accumulate=1, lr=1e-2, seed=0, save_steps=save_steps, report_to="none")
+        collate = train_truster.make_collate(tokenizer.pad_token_id)
+        trained = art.fine_tune(model, groups, collate, loss, args, folder, 2)
+        weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        return trained, weights, calls
+
+    enough, expected, _ = train(tmp_path / "enough", 100)
+    capsys.readouterr()
+    little, weights, calls = train(tmp_path / "little", 2)
+    assert "a batch of 6 becomes 2 batches of 3" in (said := capsys.readouterr()).err
+    assert "a batch of 3 becomes 3 batches of 1" in said.err and set(calls) == {6, 3, 2, 1}
+    assert ("going on from" in said.out) == (save_steps == 1)
+    assert little["steps"] == enough["steps"] == 8
+    assert little["loss"] == pytest.approx(enough["loss"], abs=1e-4)
+    assert all(torch.allclose(weights[name], expected[name], atol=1e-3) for name in expected)
+    with pytest.raises(art.UserError, match="--max-length"):
+        train(tmp_path / "none", 0)
+
+
+def test_ids_name_no_files(kit):
+    """One question of each split has an id such as ../../../../test: it is in the records, and in no file's name."""
+    ids = {record["id"] for record in art.read_jsonl(kit.runs / "toy/default/records.jsonl")}
+    assert "../../../../test\x1b[2J" in ids
+    assert {path.name for path in kit.folder.iterdir()} == {"data", "runs"}
+    assert not [path for path in kit.folder.parent.rglob("*")
+                if "\x1b" in path.name or path.name in ("train", "dev", "test")]
+
+
+def test_model_text_cannot_steer_a_terminal(kit):
+    """flips.txt, the table and what is printed hold no control character, whatever is in a record."""
+    (record,) = art.read_jsonl(kit.runs / "toy/default/records.jsonl")[1:2]
+    for text, name in (("#### 7", "refined"), ("\x1b[2J\x07\r\u202e | wiped", "initial")):
+        record["candidates"][name] = {**record["candidates"][name], "text": text}
+    text = evaluate.flips("toy", [{**record, "answer": "7"}], [True])
+    assert "wiped" in text and "mended: 1" in text and not re.search("[\x00-\x09\x0b-\x1f\u202e]", text)
+    folder = kit.runs / "toy/default"
+    for shown in (*kit.out.values(), (folder / "flips.txt").read_text(), (folder / "table.md").read_text()):
+        assert "\x1b[2J" not in shown
+
+
+def test_pickles_are_refused(kit, tmp_path, monkeypatch, capsys):
+    """An adapter that holds pickled weights alone, though peft would read them."""
+    again = kit.copy(tmp_path / "kit")
+    folder = again.runs / "toy/default/truster"
+    torch.save(load_file(folder / art.ADAPTER), folder / "adapter_model.bin")
+    (folder / art.ADAPTER).unlink()
+    assert f"no trained adapter ({art.ADAPTER}" in refused(monkeypatch, capsys, "evaluate", *again.flags("evaluate"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_code_comes_from_outside(path):
+    """No eval, exec, pickle or code of a model's repository anywhere, and torch.load for weights alone."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+        assert not names & {"pickle", "marshal", "shelve", "joblib"}
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "compile", "__import__", "os.system")
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert "trust_remote_code" not in given and "shell" not in given
+            assert called != "torch.load" or given.get("weights_only") == "True"
+    assert "trust_remote_code" not in path.read_text()
