@@ -594,17 +594,18 @@ class LM:
         self.chat = chat == "yes" or (chat == "auto" and bool(self.tokenizer.chat_template))
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        self.adapter, self._prefix, self._cache = None, None, None
+        self.adapters, self.adapter, self._prefix, self._cache = [], None, None, None
         # a stop can only be complete after a token with one of these characters: the others need no decoding
         pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         self._may_stop = torch.tensor(["\n" in piece or ":" in piece for piece in pieces] + [True])
 
     def add_adapter(self, name, folder):
         """Load a LoRA adapter beside the weights, switched off. One copy of the weights serves with and without it."""
-        if not isinstance(self.model, PeftModel):
-            self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name).eval()
-        elif name not in self.model.peft_config:
+        if self.adapters:
             self.model.load_adapter(folder, name)
+        else:
+            self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name).eval()
+        self.adapters.append(name)
         self.model.base_model.disable_adapter_layers()
 
     @contextlib.contextmanager
@@ -942,16 +943,25 @@ class Shelf:
         about = self.about(name) if name != "llm" else {"model": args.model, "bits": args.bits}
         if role not in self._held:
             llm = self._held.get("llm") if role == "asker" else None
-            if llm and (find_model(about["model"]), about["bits"]) == (find_model(args.model), args.bits):
+            if llm and name in llm.adapters:
                 self._held[role] = llm
             else:
                 llm = self._held.clear()
                 gc.collect()
                 self._held[role] = Truster(self.folder / name, args.batch_tokens) if role == "truster" else LM(
                     about["model"], about["bits"], args.batch_tokens, args.chat if role == "llm" else "no")
-        if role == "asker":
-            self._held[role].add_adapter(name, self.folder / name)
+                if role != "truster":
+                    self._add_adapters(self._held[role], about)
         return self._held[role]
+
+    def _add_adapters(self, lm, about):
+        """What there is for this base. All at once and before its first pass: bitsandbytes packs the 4-bit weights anew
+        then on some CPUs, and loading an adapter after that would round them once more."""
+        for name in ("asker", "finetuned", "end_to_end"):
+            if (self.folder / name / "args.json").is_file():
+                other = self.about(name)
+                if (find_model(other["model"]), other["bits"]) == (find_model(about["model"]), about["bits"]):
+                    lm.add_adapter(name, self.folder / name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
