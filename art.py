@@ -150,13 +150,13 @@ def write_splits(folder, task, train, test, dev_size, seed=0):
     """Carve dev from train, drop from train what stands in test, write the three splits and print their counts."""
     seen = {normalise(record["question"]) for record in test}
     kept = [record for record in train if normalise(record["question"]) not in seen]
-    pairs = near_duplicates(kept, test)
-    print(f"{len(train) - len(kept)} dropped from train, being in test; {len(pairs)} near duplicates stay:", *pairs[:5])
     chosen = set(random.Random(seed).sample(range(len(kept)), dev_size))
     splits = {"train": [record for index, record in enumerate(kept) if index not in chosen],
               "dev": [{**kept[index], "id": kept[index]["id"].replace("-train-", "-dev-")} for index in sorted(chosen)],
               "test": test}
     assert not seen & {normalise(record["question"]) for name in ("train", "dev") for record in splits[name]}
+    pairs = near_duplicates(splits["train"], splits["dev"] + test) + near_duplicates(splits["dev"], test)
+    print(f"{len(train) - len(kept)} dropped from train, being in test; {len(pairs)} near duplicates stay:", *pairs[:5])
     for split, records in splits.items():
         write_jsonl(Path(folder) / task / f"{split}.jsonl", records)
         print(f"{Path(folder) / task / split}.jsonl: {len(records):,} questions")

@@ -97,6 +97,14 @@ def test_near_duplicates(prepare):
     assert art.near_duplicates(left, [{"id": "c", "question": story.format("Bob", "1,400")}]) == [("a", "c")]
 
 
+def test_near_duplicates_are_counted_between_all_splits(tmp_path, capsys):
+    story = "{} has {} red marbles in a bag and gives half of them away. How many marbles are left in the bag?"
+    raw = [{"id": f"x-train-{i}", "question": story.format(name, i), "answer": "1"} for i, name in enumerate("ABC")]
+    test = [{"id": "x-test-0", "question": story.format("D", 9), "answer": "1"}]
+    art.write_splits(tmp_path, "x", raw, test, dev_size=1)
+    assert "5 near duplicates stay" in capsys.readouterr().out  # all pairs of four questions but the one inside train
+
+
 def test_offline_split_is_a_task_of_its_own(prepare, files, tmp_path):
     for name in "train.jsonl", "train_socratic.jsonl":
         (files / name).unlink()

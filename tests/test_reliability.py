@@ -61,6 +61,14 @@ def test_full_disk(kit, tmp_path, monkeypatch, capsys, script):
         assert art.last_checkpoint(again.runs / "toy/default/truster/checkpoints") is None  # which is not taken for one
 
 
+def test_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, '{"global_step": '), (12, "")):
+        art.write_text(tmp_path / f"checkpoint-{step}/trainer_state.json", state)
+    (tmp_path / "checkpoint-13").mkdir()
+    assert art.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert art.last_checkpoint(tmp_path / "checkpoint-13") is None
+
+
 CHANGES = {  # what is changed: more flags, or an attribute of art, or a split; and the difference that is named
     "arguments": (["--bits", "16"], "bits = 4, now it is 16"),
     "seed": (["--seed", "1"], "seed = 0, now it is 1"),
