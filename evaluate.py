@@ -193,8 +193,8 @@ def cost(row, records, refine, models):
     if chooses == "truster":  # reads the question with each of the two texts
         read = [r["trust"]["truster"]["prompt_tokens"] for r in records]
         used["truster"][0] += sum(take * tokens for take, tokens in zip(refine.astype(int), read))
-    return {name: {"prompt_tokens": float(a) / n, "tokens": float(b) / n,
-                   "flops": 2 * models[name]["parameters"] * float(a + b) / n}
+    return {name: {"prompt_tokens": float(a) / n, "tokens": float(b) / n,  # a server does not say its parameters
+                   "flops": models[name]["parameters"] and 2 * models[name]["parameters"] * float(a + b) / n}
             for name, (a, b) in used.items() if a + b}
 
 
@@ -338,8 +338,9 @@ def main():
     with art.lock(folder):
         records = run_stages(args, dev, test)
         about = {name: art.read_about(folder / name, f"train_{name}.py")["model"] for name in ("asker", "truster")}
-        models = {name: {"model": model, "parameters": art.parameters(model)}
-                  for name, model in {"llm": args.model, **about}.items()}
+        known = {"llm": args.model, **about}
+        models = {name: {"model": model, "parameters": None if name == "llm" and args.base_url else
+                         art.parameters(model)} for name, model in known.items()}
         dev, test = records[: len(dev)], records[len(dev):]
         rows, takes = make_rows(args, dev, test, models)
         wrong = [not art.is_correct(args.task, r["candidates"]["initial"]["text"], r["answer"]) for r in test]
