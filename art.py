@@ -744,7 +744,7 @@ class Endpoint:
     not say what its model is. The key comes from OPENAI_API_KEY and goes nowhere but to the server.
     """
 
-    retries = 5  # on 429, 5xx and lost connections; 0.5, 1, 2, 4, 8 seconds apart, or as the server says
+    retries = 5  # by the client, on 429, 5xx and lost connections; after 0.5, 1, 2, 4, 8 s or as the server says
     next_exemplar = "\nQuestion:"  # here a base model has ended its answer and goes on to a question of its own
 
     def __init__(self, url, name, chat="auto", concurrency=8):
@@ -754,6 +754,8 @@ class Endpoint:
             raise UserError("--base-url needs the official client: pip install openai") from None
         if not re.match("https?://[^/?#]", url):
             raise UserError("--base-url is an address such as http://localhost:8000/v1")
+        if concurrency < 1:
+            raise UserError("--concurrency is 1 or more")
         self.name, self.chat, self.concurrency, self.openai = name, chat != "no", concurrency, openai
         self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # a server of one's own wants none, the client does
         self.shown = re.sub("//[^/]*@", "//", url).partition("?")[0]  # the address without what may be secret in it
@@ -785,13 +787,18 @@ class Endpoint:
             return [self._generate(prompts[index], max_new_tokens, stop, temperature,
                                    seed * 1_000_003 + index * k + number, options) for number in range(k)]
 
-        pool = concurrent.futures.ThreadPoolExecutor(self.concurrency)
+        pool, running = concurrent.futures.ThreadPoolExecutor(self.concurrency), {}
+        rest = (index for index in range(len(prompts)) if index not in done)
         try:
-            indices = {pool.submit(several, index): index for index in range(len(prompts)) if index not in done}
-            for future in concurrent.futures.as_completed(indices):
-                yield [(indices[future], future.result())]
+            while True:
+                for index in itertools.islice(rest, self.concurrency - len(running)):
+                    running[pool.submit(several, index)] = index
+                if not running:
+                    return
+                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                    yield [(running.pop(future), future.result())]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # an error is told at once
+            pool.shutdown(wait=False)  # an error is told at once
 
     def _generate(self, prompt, max_new_tokens, stop, temperature, seed, options):
         settings = {"model": self.name, "temperature": temperature, "seed": seed}
@@ -805,8 +812,10 @@ class Endpoint:
             settings |= ({"logprobs": True, "top_logprobs": 20 if options else 0} if self.chat else
                          {"logprobs": 5 if options else 1})
         choice, usage = self._request(settings)
-        text, ended, _ = (choice.message.content or "", "", "") if self.chat else (
-            choice.text.partition(self.next_exemplar))  # some servers give the stop back, some do not
+        if self.chat:
+            text, ended = choice.message.content or "", ""
+        else:  # some servers give the stop string back, some do not
+            text, ended, _ = choice.text.partition(self.next_exemplar)
         match = stop and stop.search(text)
         end, tokens = match.end() if match else len(text), self._tokens(choice)
         made = {"text": text[:end].strip(), "stopped": bool(match or ended or choice.finish_reason == "stop"),
@@ -828,6 +837,8 @@ class Endpoint:
                 self.logprobs = False
                 return self._request({key: value for key, value in settings.items() if "logprobs" not in key})
             raise UserError(self._explain(error)) from None
+        except ValueError:  # no JSON
+            reply = None
         if not getattr(reply, "choices", None) or not reply.usage:
             raise UserError(f"{self.shown} answers, but not as an OpenAI-compatible server (most end in /v1)")
         return reply.choices[0], reply.usage

@@ -142,7 +142,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content = reply if isinstance(reply, str) else json.dumps(reply)
         content = content.replace("THE KEY", self.headers["Authorization"]).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "text/html" if isinstance(reply, str) else "application/json")
+        self.send_header("Content-Type", "text/html" if content.startswith(b"<") else "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -259,14 +259,17 @@ def test_errors_are_one_line(command, status, requests, said):
 
 
 def test_server_that_is_none(command):
-    with Server(fault=lambda *_: (200, "<html>Welcome</html>")) as server:
-        assert "/v1" in command(art.main, "sample", "--base-url", server.url, "--model", "x")[2]
+    for page in ("<html>Welcome</html>", "{broken", "{}"):
+        with Server(fault=lambda *_, page=page: (200, page)) as server:
+            assert "end in /v1" in command(art.main, "sample", "--base-url", server.url, "--model", "x")[2]
     code, _, line = command(art.main, "sample", "--base-url", server.url, "--model", "x")
     assert code == 2 and server.url in line and "goes on from there" in line
     secret = server.url.replace("//", f"//me:{KEY}@") + f"?key={KEY}"
     assert command(art.main, "sample", "--base-url", secret, "--model", "x")[0] == 2  # `command` looks for the key
     assert "http://" in command(art.main, "sample", "--base-url", "localhost:8000", "--model", "x")[2]
     assert "--model NAME" in command(art.main, "sample", "--base-url", server.url)[2]
+    flags = ["--base-url", server.url, "--model", "x", "--concurrency", 0]
+    assert "--concurrency is 1" in command(art.main, "sample", *flags)[2]
 
 
 def test_without_the_client(command, monkeypatch):
