@@ -11,6 +11,7 @@ Source: Shridhar et al., "The ART of LLM Refinement: Ask, Refine, and Trust", ar
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import contextvars
 import functools
@@ -418,6 +419,19 @@ def choice_prompt(record, first, second):
     return f"{question_block(record)}Answer A:\n{first}\nAnswer B:\n{second}\nBetter answer:\n"
 
 
+def plain_text(prompt, exemplars=()):
+    """A prompt behind its exemplars, [(prompt, answer), ...], as a base model reads it."""
+    return "".join(f"{shown}{answer}\n\n" for shown, answer in exemplars) + prompt
+
+
+def chat_turns(prompt, exemplars=(), instruction=""):
+    """The same as turns of a chat, [{"role", "content"}, ...]; the instruction stands in front of the first."""
+    turns = [turn for shown, answer in exemplars for turn in (("user", shown.rstrip()), ("assistant", answer))]
+    turns.append(("user", prompt.rstrip()))
+    turns[0] = ("user", f"{instruction}\n\n{turns[0][1]}")
+    return [{"role": role, "content": content} for role, content in turns]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The language model: loading (4, 16 or 32 bits), batched generation, option probabilities.
 
@@ -623,14 +637,14 @@ class LM:
     def render(self, prompt, exemplars=(), instruction=""):
         """Token ids of a prompt behind its exemplars, [(prompt, answer), ...]: chat turns, or text with blank lines."""
         if not self.chat or self.adapter:  # adapters are trained on the plain form
-            shots = "".join(f"{shown}{answer}\n\n" for shown, answer in exemplars)
-            return self.tokenizer(shots + prompt)["input_ids"]
-        turns = [turn for shown, answer in exemplars for turn in (("user", shown.rstrip()), ("assistant", answer))]
-        turns.append(("user", prompt.rstrip()))
-        turns[0] = ("user", f"{instruction}\n\n{turns[0][1]}")
-        text = self.tokenizer.apply_chat_template([{"role": role, "content": content} for role, content in turns],
-                                                  tokenize=False, add_generation_prompt=True)
+            return self.tokenizer(plain_text(prompt, exemplars))["input_ids"]
+        text = self.tokenizer.apply_chat_template(chat_turns(prompt, exemplars, instruction), tokenize=False,
+                                                  add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def extend(self, prompt, text):
+        """A rendered prompt and the beginning of its answer, to be continued."""
+        return prompt + self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def option_ids(self, before, options):
         """The one token by which each option differs from the others behind `before`."""
@@ -766,6 +780,159 @@ class LM:
         return [made[i : i + k] for i in range(0, count, k)]
 
 
+class Endpoint:
+    """A language model behind an OpenAI-compatible server, with what the four steps use of `LM`.
+
+    Plain prompts go to /completions, chat turns to /chat/completions; `chat` "auto" means chat, since a server does
+    not say what its model is. The key comes from OPENAI_API_KEY and goes nowhere but to the server.
+    """
+
+    retries = 5  # by the client, on 429, 5xx and lost connections; after 0.5, 1, 2, 4, 8 s or as the server says
+    next_exemplar = "\nQuestion:"  # here a base model has ended its answer and goes on to a question of its own
+
+    def __init__(self, url, name, chat="auto", concurrency=8):
+        try:
+            import openai
+        except ImportError:
+            raise UserError("--base-url needs the official client: pip install openai") from None
+        if not re.match("https?://[^/?#]", url):
+            raise UserError("--base-url is an address such as http://localhost:8000/v1")
+        if concurrency < 1:
+            raise UserError("--concurrency is 1 or more")
+        self.name, self.chat, self.concurrency, self.openai = name, chat != "no", concurrency, openai
+        self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # a server of one's own wants none, the client does
+        self.shown = re.sub("//[^/]*@", "//", url).partition("?")[0]  # the address without what may be secret in it
+        self.logprobs = True  # until the server refuses to give them
+        self.client = openai.OpenAI(base_url=url, api_key=self.key, max_retries=self.retries,
+                                    timeout=openai.Timeout(300, connect=10))
+
+    def render(self, prompt, exemplars=(), instruction=""):
+        """As `LM.render`, but turns or text instead of token ids."""
+        return chat_turns(prompt, exemplars, instruction) if self.chat else plain_text(prompt, exemplars)
+
+    def extend(self, prompt, text):
+        """As `LM.extend`; servers do not continue a turn of a chat, so the decision is asked for in another."""
+        if not self.chat:
+            return prompt + text
+        return [*prompt, {"role": "assistant", "content": text}, {"role": "user", "content": f"{DECISION} Yes or No?"}]
+
+    def option_ids(self, before, options):
+        """The words that `generate` looks for: a server gives its tokens as text."""
+        return [option.strip() for option in options]
+
+    def generate(self, prompts, max_new_tokens=256, stop=None, k=1, temperature=0.0, seed=0, options=None, done=()):
+        """As `LM.generate`; a batch is one question, and they come in the order in which they are finished.
+
+        Each of the k samples is a request of its own, since not every server knows `n`. Tokens are as the server counts
+        them. Where it gives no log-probabilities, "logprob" is None and "logit" plus or minus infinity, by the word.
+        """
+        def several(index):
+            return [self._generate(prompts[index], max_new_tokens, stop, temperature,
+                                   seed * 1_000_003 + index * k + number, options) for number in range(k)]
+
+        pool, running = concurrent.futures.ThreadPoolExecutor(self.concurrency), {}
+        rest = (index for index in range(len(prompts)) if index not in done)
+        try:
+            while True:
+                for index in itertools.islice(rest, self.concurrency - len(running)):
+                    running[pool.submit(several, index)] = index
+                if not running:
+                    return
+                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                    yield [(running.pop(future), future.result())]
+        finally:
+            pool.shutdown(wait=False)  # an error is told at once
+
+    def _generate(self, prompt, max_new_tokens, stop, temperature, seed, options):
+        settings = {"model": self.name, "temperature": temperature, "seed": seed}
+        if options and options[1]:  # what LM reads without writing it has to be written
+            max_new_tokens += 7
+        if self.chat:
+            settings |= {"messages": prompt, "max_completion_tokens": max_new_tokens}
+        else:
+            settings |= {"prompt": prompt, "max_tokens": max_new_tokens, "stop": [self.next_exemplar]}
+        if self.logprobs:  # of the tokens, and where a decision is read of the others: as many as OpenAI gives
+            settings |= ({"logprobs": True, "top_logprobs": 20 if options else 0} if self.chat else
+                         {"logprobs": 5 if options else 1})
+        choice, usage = self._request(settings)
+        if self.chat:
+            text, ended = choice.message.content or "", ""
+        else:  # some servers give the stop string back, some do not
+            text, ended, _ = choice.text.partition(self.next_exemplar)
+        match = stop and stop.search(text)
+        end, tokens = match.end() if match else len(text), self._tokens(choice)
+        made = {"text": text[:end].strip(), "stopped": bool(match or ended or choice.finish_reason == "stop"),
+                "tokens": usage.completion_tokens, "prompt_tokens": usage.prompt_tokens,
+                "logprob": sum(logprob for start, _, logprob, _ in tokens if start < end) if tokens else None}
+        if options:
+            words, at_once = options
+            made["logit"] = self._log_odds(words, text, 0 if at_once else end, tokens)
+            if at_once and made["logit"] is None:
+                made["logit"] = -math.inf  # asked outright it said neither: taken as the second
+        return made
+
+    def _request(self, settings):
+        """(choice, usage) of one request; what can go wrong becomes one line."""
+        try:
+            reply = (self.client.chat if self.chat else self.client).completions.create(**settings)
+        except self.openai.OpenAIError as error:
+            if "logprobs" in settings and "logprobs" in str(error):
+                self.logprobs = False
+                return self._request({key: value for key, value in settings.items() if "logprobs" not in key})
+            raise UserError(self._explain(error)) from None
+        except ValueError:  # no JSON
+            reply = None
+        if not getattr(reply, "choices", None) or not reply.usage:
+            raise UserError(f"{self.shown} answers, but not as an OpenAI-compatible server (most end in /v1)")
+        return reply.choices[0], reply.usage
+
+    def _explain(self, error):
+        """One line about an error of the client, without the key."""
+        status = getattr(error, "status_code", None)
+        if status == 401:  # what the server says here may hold a part of the key
+            return f"{self.shown} refuses the key (401): set the environment variable OPENAI_API_KEY"
+        said = f"{self.shown}: " + " ".join(str(error).split()).replace(self.key, "...")[:300]
+        if status == 404:
+            return said + " Check --model, --base-url (most end in /v1) and --chat (no: /completions)"
+        if status is None or status == 429 or status >= 500:
+            said += f" ({self.retries + 1} tries; what is finished is kept, the same command goes on from there)"
+        return said
+
+    def _tokens(self, choice):
+        """[(where it starts, token, log-probability, {token: log-probability} there), ...], [] if not given."""
+        given = choice.logprobs
+        if given is None:
+            return []
+        if self.chat:
+            rows = [(token.token, token.logprob, {other.token: other.logprob for other in token.top_logprobs or ()})
+                    for token in given.content or ()]
+        else:
+            rows = [(token, logprob, others or {}) for token, logprob, others in
+                    zip(given.tokens or (), given.token_logprobs or (), given.top_logprobs or ())]
+        starts = itertools.accumulate((len(token) for token, _, _ in rows), initial=0)
+        return [(start, *row) for start, row in zip(starts, rows)]
+
+    def _log_odds(self, words, text, start, tokens):
+        """Log-odds of the first word against the second where one stands in `text` at `start`, else None."""
+        word = re.compile(rf"\W*({'|'.join(words)})\b", re.IGNORECASE).match(text, start)
+        if word is None:
+            return None
+        there = [others for begin, token, _, others in tokens if begin <= word.start(1) < begin + len(token)]
+        listed = [[logprob for others in there for token, logprob in others.items() if token.strip() == name]
+                  for name in words]
+        if any(listed):  # one that is not listed is at most as likely as the least of those that are
+            first, second = (max(found, default=min(there[0].values())) for found in listed)
+            return first - second
+        return math.inf if word[1].lower() == words[0].lower() else -math.inf
+
+
+def load_llm(args):
+    """The LLM: on this machine, or with --base-url behind a server."""
+    if args.base_url:
+        return Endpoint(args.base_url, args.model, args.chat, args.concurrency)
+    return LM(args.model, args.bits, args.batch_tokens, args.chat)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The four steps. Each yields batches [(index of the record, row), ...]; `stage` keeps them on disk.
 
@@ -842,8 +1009,7 @@ def ask(lm, task, records, drafts, exemplars=(), shift=0.0, **how):
         rows = {index: {**made, "subquestions": parse_subquestions(made["text"])} for index, (made,) in batch}
         undecided = [index for index, row in rows.items() if row["logit"] is None]  # the model is asked outright
         ends = ["\n".join([*rows[index]["subquestions"], DECISION]) for index in undecided]
-        ends = [prompts[index] + lm.tokenizer(end, add_special_tokens=False)["input_ids"]
-                for index, end in zip(undecided, ends)]
+        ends = [lm.extend(prompts[index], end) for index, end in zip(undecided, ends)]
         for again in lm.generate(ends, max_new_tokens=1, options=(options, True)):
             for position, (made,) in again:
                 rows[undecided[position]]["logit"] = made["logit"]
@@ -939,6 +1105,8 @@ class Shelf:
 
     def get(self, name):
         """The LLM ("llm"), the Truster, or the model that carries an adapter, for `with shelf.get(name).use(name):`."""
+        if name == "llm" and self.args.base_url:
+            return load_llm(self.args)  # takes no memory here
         args, role = self.args, name if name in ("llm", "truster") else "asker"
         about = self.about(name) if name != "llm" else {"model": args.model, "bits": args.bits}
         if role not in self._held:
@@ -1328,8 +1496,12 @@ def make_parser(llm=False, training=False):
     add("--limit", type=int, help="only the first N questions of each split (all)")
     add("--bits", type=int, default=4, choices=(4, 16, 32), help="of the frozen weights (4: nf4, fits small cards)")
     if llm:
-        add("--model", help="the LLM: folder or Hub id (preset)")
-        add("--chat", default="auto", choices=("auto", "yes", "no"), help="chat template; auto: if there is one (auto)")
+        add("--model", help="the LLM: folder or Hub id (preset); with --base-url its name there")
+        add("--base-url", help="of an OpenAI-compatible server that runs the LLM, such as http://localhost:8000/v1; "
+                               "its key is read from OPENAI_API_KEY (none: the LLM runs here)")
+        add("--concurrency", type=int, default=8, help="requests to that server at a time (8: most limits allow it)")
+        add("--chat", default="auto", choices=("auto", "yes", "no"),
+            help="chat template; auto: if there is one, and with --base-url (auto)")
         add("--shots", type=int, help="exemplars before each question (preset; toy: 0, as it was pretrained without)")
         add("--facts", default="refine", choices=("refine", "both", "none"),
             help="where StrategyQA's facts stand: to refine, as in the paper, or to predict too, as a control (refine)")
@@ -1352,6 +1524,8 @@ def make_parser(llm=False, training=False):
 def parse(parser, script, argv=None):
     """Arguments with the preset filled in; the preset's needs checked; everything seeded."""
     args = parser.parse_args(argv)
+    if getattr(args, "base_url", None) and not args.model:
+        raise UserError("--base-url needs --model NAME, the LLM's name on that server")
     preset = PRESETS[args.preset]
     for key, value in {**preset["all"], **preset.get(script, {})}.items():
         if getattr(args, key, value) is None:
@@ -1370,8 +1544,9 @@ def parse(parser, script, argv=None):
 
 def fingerprint(args, model, keys):
     """What makes an output: model, data, prompts and the arguments named by `keys`."""
+    revision = "endpoint" if getattr(args, "base_url", None) else model_revision(model)  # not the address: servers move
     return {"task": args.task, "data_sha256": data_hash(args.task, data=args.data), "model": model,
-            "revision": model_revision(model), "prompt_version": PROMPT_VERSION,
+            "revision": revision, "prompt_version": PROMPT_VERSION,
             **{key: getattr(args, key) for key in keys},
             **({"exemplars": short_hash(load_exemplars(args.task, args.shots, args.data))} if "shots" in keys else {})}
 
@@ -1383,7 +1558,7 @@ def sample(args):
 
     @functools.cache
     def llm():
-        lm = LM(args.model, args.bits, args.batch_tokens, args.chat)
+        lm = load_llm(args)
         print(f"{args.model}: {args.shots} exemplars, {'chat template' if lm.chat else 'plain text'}")
         return lm
 
@@ -1416,7 +1591,7 @@ def subquestions(args):
     with lock(args.runs / args.task):
         claim(path, fingerprint(args, args.model, LLM_KEYS))
         rows = stage(path, "sub-questions", [record["id"] for record in train], lambda done: ask(
-            LM(args.model, args.bits, args.batch_tokens, args.chat), args.task, train, texts, exemplars, done=done,
+            load_llm(args), args.task, train, texts, exemplars, done=done,
             max_new_tokens=args.max_new_tokens))
     counts = [len(row["subquestions"]) for (row,) in rows.values()]
     show_record({"question": train[0]["question"], "sub-questions": "\n".join(rows[train[0]["id"]][0]["subquestions"])})

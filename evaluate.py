@@ -306,8 +306,8 @@ def cost(row, records, refine, models):
         add("llm", lambda r: r["trust"]["self"], refine.astype(int))
     if candidate == "best_of_k":
         add("truster", lambda r: {"prompt_tokens": r["candidates"][candidate]["truster_tokens"]}, every)
-    return {name: {"prompt_tokens": float(a) / n, "tokens": float(b) / n, "flops":
-                   2 * models[name]["parameters"] * float(a + b) / n if models[name]["parameters"] else None}
+    return {name: {"prompt_tokens": float(a) / n, "tokens": float(b) / n,  # a server does not say its parameters
+                   "flops": models[name]["parameters"] and 2 * models[name]["parameters"] * float(a + b) / n}
             for name, (a, b) in used.items() if a + b}
 
 
@@ -552,7 +552,8 @@ def main():
     rows, lacking = choose_rows(args)
     with art.lock(folder):
         used = run_stages(args, rows, dev, test)
-        models = {name: {"model": model, "parameters": art.parameters(model)} for name, model in used.items()}
+        models = {name: {"model": model, "parameters": None if name == "llm" and args.base_url else
+                         art.parameters(model)} for name, model in used.items()}
         if "logprob" not in columns(args.task, test)[2] and "logprob_choice" in rows:
             rows.remove("logprob_choice")
             lacking["logprob_choice"] = "the server gives no log-probabilities"
