@@ -53,6 +53,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ROOT = Path(__file__).resolve().parent
+RANK = int(os.environ.get("RANK", 0))  # of this process under torchrun: all train, the first alone writes and prints
 
 
 class UserError(Exception):
@@ -61,6 +62,8 @@ class UserError(Exception):
 
 def run(main):
     """Call `main`; a UserError becomes one line and exit code 2, Ctrl-C one line and 130. No traceback for either."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
@@ -444,7 +447,7 @@ def load_base(name, bits=4, head=AutoModelForCausalLM, **settings):
     gc.collect()  # a Trainer that ended may still hold the last model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        settings["device_map"] = {"": 0}
+        settings["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     with loading(name):
         return head.from_pretrained(find_model(name), dtype=dtype, use_safetensors=True, **settings).eval()
 
@@ -873,6 +876,9 @@ class Shelf:
 @contextlib.contextmanager
 def lock(folder):
     """One process at a time writes in a folder; the lock goes with the process, however it ends."""
+    if RANK:
+        yield
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -926,7 +932,8 @@ LLM_KEYS = ["bits", "strategy", "facts", "shots", "chat", "max_new_tokens"]  # w
 
 def write_about(path, about):
     """What made an output, beside it. An adapter's args.json is written last: a folder with it is complete."""
-    write_text(path, json.dumps({**about, "provenance": provenance()}, indent=1) + "\n")
+    if RANK == 0:
+        write_text(path, json.dumps({**about, "provenance": provenance()}, indent=1) + "\n")
 
 
 def claim(path, made_by):
@@ -1042,14 +1049,17 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
         gradient_accumulation_steps=args.accumulate, optim="paged_adamw_8bit" if cuda else "adamw_torch",
         seed=args.seed, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
         logging_steps=10, logging_nan_inf_filter=False, save_steps=args.save_steps, save_total_limit=1,
-        report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda, disable_tqdm=False)
+        report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda, disable_tqdm=False,
+        ddp_find_unused_parameters=False)
     trainer = LossTrainer(model, settings, collate, examples, callbacks=[StopOnNonFinite()], loss=loss)
     whole = [path.parent for path in Path(folder).glob("checkpoints/*/trainer_state.json")]  # a file written last
     last = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     if last:
         print(f"going on from {last}")
     trainer.train(resume_from_checkpoint=last and str(last))
-    model.save_pretrained(folder)
+    if RANK == 0:
+        model.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"steps": trainer.state.global_step, "examples": len(examples), "loss": losses[-1] if losses else None,
             "trainable_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad)}

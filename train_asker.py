@@ -155,6 +155,8 @@ def main():
         (folder / "asker/dev.jsonl").unlink(missing_ok=True)  # of an earlier adapter
         model = art.add_lora(base, art.TaskType.CAUSAL_LM, args.rank, start)
         trained = art.fine_tune(model, examples, collate, asker_loss, args, folder / "asker", args.epochs)
+        if art.RANK:
+            return
         del model, base
         shift = math.log(share / (1 - share))
         lm = art.LM(args.asker_model, args.bits, art.PRESETS[args.preset]["all"]["batch_tokens"], chat="no")
