@@ -1028,13 +1028,42 @@ class StopOnNonFinite(transformers.TrainerCallback):
                                 "bf16 use --bits 32; the last checkpoint is kept")
 
 
+class SortedSteps(torch.utils.data.Sampler):
+    """Examples in random order, those of one optimiser step sorted by length: its batches then need little padding.
+
+    Which examples meet in a step stays random, so the loss does not go up and down with the length.
+    """
+
+    def __init__(self, lengths, step, seed):
+        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        order = list(range(len(self)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        for start in range(0, len(order), self.step):
+            yield from sorted(order[start : start + self.step], key=lambda index: -self.lengths[index])
+
+
 class LossTrainer(transformers.Trainer):
-    """The Trainer with a loss function of (model, inputs) that returns a mean over the batch."""
+    """The Trainer with a loss function of (model, inputs) that returns a mean over the batch, and `SortedSteps`."""
 
     def __init__(self, *args, loss, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss, self.loss_is_scaled_for_ga = loss, False
         self.model_accepts_loss_kwargs = False  # says the same to transformers before 5.19
+
+    def _get_train_sampler(self, train_dataset=None):
+        batches = self.args.gradient_accumulation_steps * self.args.world_size
+        if batches == 1:  # nothing to sort: a step is one batch
+            return super()._get_train_sampler(train_dataset)
+        return SortedSteps(list(map(tokens_of, self.train_dataset)), batches * self.args.train_batch_size,
+                           self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.loss(model, inputs)
@@ -1078,11 +1107,14 @@ def load_samples(args, records):
     return samples, short_hash(samples)
 
 
+def tokens_of(example):
+    """Length in tokens of an Asker's example, or of the longest answer in a Truster's."""
+    return max(map(len, example["rows"])) if "rows" in example else len(example["prompt"]) + len(example["target"])
+
+
 def drop_long(examples, max_length):
     """Examples of at most `max_length` tokens; longer ones are left out and counted: cutting would cut the answer."""
-    def length(example):
-        return max(map(len, example["rows"])) if "rows" in example else len(example["prompt"]) + len(example["target"])
-    kept = [example for example in examples if length(example) <= max_length]
+    kept = [example for example in examples if tokens_of(example) <= max_length]
     if not kept:
         raise UserError(f"all {len(examples)} training examples exceed --max-length {max_length} tokens: raise it")
     if len(kept) < len(examples):

@@ -325,13 +325,14 @@ def train_turn(args, name):
 
 def asker(args):
     """One pass of the Asker's training against TRL's SFTTrainer and a plain Trainer: same QLoRA, batch, loss mask."""
-    print(f"{args.limit} ask examples of {args.task}, {args.bits} bits, batch {args.batch_size}\n")
+    print(f"{args.limit} ask examples of {args.task}, {args.bits} bits, batch {args.batch_size} x {args.accumulate}\n")
     compare(args, ["kit", "TRL SFTTrainer", "plain Trainer"])
 
 
 def truster(args):
     """One pass of the Truster's training against TRL's RewardTrainer on the same pairs, as many rows in a batch."""
-    print(f"{args.limit} questions of {args.task} with {args.k} answers, {args.bits} bits, batch {args.batch_size}\n")
+    print(f"{args.limit} questions of {args.task} with {args.k} answers, {args.bits} bits, batch "
+          f"{args.batch_size} x {args.accumulate}\n")
     compare(args, ["kit", "TRL RewardTrainer"])
 
 
@@ -557,8 +558,8 @@ def main():
         return script(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = parser.add_subparsers(dest="table", required=True)
-    defaults = {generate: {"limit": 32, "k": 4, "bits": 32}, asker: {"limit": 64, "batch_size": 8, "accumulate": 1},
-                truster: {"limit": 16, "k": 8, "batch_size": 2, "accumulate": 1}, demo: {}, scaling: {"limit": 100},
+    defaults = {generate: {"limit": 32, "k": 4, "bits": 32}, asker: {"limit": 64, "batch_size": 4, "accumulate": 8},
+                truster: {"limit": 16, "k": 8, "batch_size": 1, "accumulate": 16}, demo: {}, scaling: {"limit": 100},
                 fit: {"preset": "24gb"}}
     for call, values in defaults.items():
         one = tables.add_parser(call.__name__, parents=[art.make_parser(llm=True, training=True)], help=call.__doc__,
