@@ -163,24 +163,24 @@ def plain_generate(lm, prompts, prefix, max_new_tokens, stop, k, temperature, op
         out = lm.model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=lm.tokenizer.pad_token_id,
             stopping_criteria=[Stop(lm.tokenizer, stop, ids.shape[1])] if stop else None, **sampling)[:, ids.shape[1]:]
-        for several, prompt, row in zip(made, prompts, out):
+        for several, prompt, row in zip(made, prompts, out.tolist()):
+            row = [token for token in row if token != lm.tokenizer.pad_token_id]
             text = lm.tokenizer.decode(row, skip_special_tokens=True)
             match = stop.search(text) if stop else None
-            several.append({"text": (text[: match.end()] if match else text).strip(), "prompt_tokens": len(prompt),
-                            "stopped": bool(match or lm.ends & set(row.tolist())), "logprob": 0.0, "decided": match,
-                            "tokens": int((row != lm.tokenizer.pad_token_id).sum())})
+            text = text[: match.end()] if match else text
+            several.append({"text": text.strip(), "stopped": bool(match) or len(row) < max_new_tokens, "logprob": 0.0,
+                            "tokens": len(row), "prompt_tokens": len(prompt), "row": row if match else None})
     if options:
         if options[1]:
-            made = [[{"text": "", "stopped": False, "tokens": 0, "prompt_tokens": len(prompt), "logprob": 0.0,
-                      "decided": True}] for prompt in prompts]
-        rows = [prompt + lm.tokenizer(several[0]["text"], add_special_tokens=False)["input_ids"]
-                for prompt, several in zip(prompts, made)]
+            made = [[{"text": "", "stopped": False, "logprob": 0.0, "tokens": 0, "prompt_tokens": len(prompt),
+                      "row": []}] for prompt in prompts]
+        rows = [prompt + (one["row"] or []) for prompt, (one,) in zip(prompts, made)]
         ids, mask = art.left_pad(rows, lm.tokenizer.pad_token_id, lm.model.device)
         logits = lm.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
         gaps = (logits[:, -1, options[0][0]] - logits[:, -1, options[0][1]]).tolist()
         for (one,), gap in zip(made, gaps):
-            one["logit"] = gap if one["decided"] else None
-    return [[{key: value for key, value in one.items() if key != "decided"} for one in several] for several in made]
+            one["logit"] = None if one["row"] is None else gap
+    return [[{key: value for key, value in one.items() if key != "row"} for one in several] for several in made]
 
 
 def generate_turn(args, name):
@@ -444,8 +444,11 @@ SHAPES = {"7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_la
           "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}}
 
 
+SHARED = 1000  # tokens that the exemplars take in front of every question
+
+
 class RandomWeight:
-    """A weight of a checkpoint that is not there: made when it is read, so that no two of them stand in memory."""
+    """A weight of a checkpoint that is not there: made when it is read, so that the whole never stands in memory."""
 
     def __init__(self, shape):
         self.shape = shape
@@ -476,43 +479,45 @@ def load_random(shape, load_base=art.load_base):
 
 
 def fit_turn(args, name):
-    """Two QLoRA steps of Asker or Truster, or two generation batches, of random tokens at the largest sizes."""
-    art.load_base, steps = load_random(args.shape), 2
-    tokenizer, draw = "data/toy/base", torch.Generator().manual_seed(0)
+    """Three QLoRA steps of Asker or Truster, or two generation batches, of random tokens, all as long as allowed."""
+    art.load_base, base = load_random(args.shape), "data/toy/base"  # the bundled tokenizer will do
+    draw, seconds = torch.Generator().manual_seed(0), []
 
     def tokens(count):
         return torch.randint(5, 1000, (count,), generator=draw).tolist()
 
     if name == "generate":
-        lm = art.LM(tokenizer, args.bits, args.batch_tokens, chat="no")
-        own = args.max_length - args.max_new_tokens  # 1,000 tokens of exemplars in front of the questions
-        shared, rows = tokens(1000), args.batch_tokens // args.max_length
+        lm, shared = art.LM(base, args.bits, chat="no"), tokens(SHARED)
+        own, rows = args.max_length - args.max_new_tokens, args.batch_tokens // args.max_length
         prompts = [shared + tokens(own) for _ in range(rows)]
-        seconds = []
-        for _ in range(steps):
+        for _ in range(2):
             begin = clock()
-            made = [row for batch in lm.generate(prompts, max_new_tokens=args.max_new_tokens) for row in batch]
+            made = lm._generate(prompts, shared, args.max_new_tokens, None, 1, 0.0, None)
             seconds.append(clock() - begin)
-        return {"rate": sum(several[0]["tokens"] for _, several in made) / seconds[-1],
-                "note": f"{rows} rows, {args.max_new_tokens} new tokens behind 1,000 shared and {own} of their own"}
-    sizes = {key: value for key, value in art.PRESETS[args.preset][f"train_{name}"].items() if hasattr(args, key)}
+        return {"rate": sum(one["tokens"] for (one,) in made) / seconds[-1],
+                "note": f"{rows} rows, {args.max_new_tokens} new tokens behind {SHARED} shared and {own} of their own"}
+    sizes = {key: value for key, value in art.PRESETS[args.preset][f"train_{name}"].items()
+             if getattr(args, key, "") is None}
     args = argparse.Namespace(**{**vars(args), **sizes, "accumulate": 1})
-    count, rows = steps * args.batch_size, args.batch_size * (1 if name == "asker" else args.k)
     if name == "asker":
         target = args.max_length // 4
         examples = [{"prompt": tokens(args.max_length - target), "target": tokens(target), "decision": target - 1,
-                     "weight": 1.0} for _ in range(count)]
-        model, task_type, module = art.load_base(None), art.TaskType.CAUSAL_LM, train_asker
+                     "weight": 1.0} for _ in range(3 * args.batch_size)]
+        model, kind, module = art.load_base(base, args.bits), art.TaskType.CAUSAL_LM, train_asker
     else:
         examples = [{"rows": [tokens(args.max_length) for _ in range(args.k)],
-                     "correct": [j % 2 == 0 for j in range(args.k)]} for _ in range(count)]
-        model, task_type, module = art.load_scorer(tokenizer, args.bits, args.seed), art.TaskType.SEQ_CLS, train_truster
-    model = art.add_lora(model, task_type, args.rank)
+                     "correct": [j % 2 == 0 for j in range(args.k)]} for _ in range(3 * args.batch_size)]
+        model, kind, module = art.load_scorer(base, args.bits, args.seed), art.TaskType.SEQ_CLS, train_truster
+
+    def loss(model, inputs):
+        seconds.append(clock())  # from here to the next one is a step, optimiser included
+        return getattr(module, f"{name}_loss")(model, inputs)
+
     with tempfile.TemporaryDirectory() as folder:
-        begin = clock()
-        art.fine_tune(model, examples, module.make_collate(0), getattr(module, f"{name}_loss"), args, folder, 1)
-        seconds = clock() - begin
-    return {"rate": steps * rows * args.max_length / seconds, "note": f"{rows} rows of {args.max_length} tokens a step"}
+        art.fine_tune(art.add_lora(model, kind, args.rank), examples, module.make_collate(0), loss, args, folder, 1)
+    rows = args.batch_size * (1 if name == "asker" else args.k)
+    return {"rate": rows * args.max_length / (seconds[2] - seconds[1]),
+            "note": f"{rows} rows of {args.max_length} tokens a step"}
 
 
 def fit_piece(args, name):
@@ -531,7 +536,7 @@ def fit_piece(args, name):
     try:
         made = fit_turn(args, name)
         made["fits"] = True
-    except (torch.OutOfMemoryError, art.UserError) as error:  # a generation batch that cannot be halved any more
+    except torch.OutOfMemoryError as error:
         made = {"fits": False, "rate": 0.0, "note": str(error).split(".")[0]}
     done.set()
     watcher.join()
