@@ -57,6 +57,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ROOT = Path(__file__).resolve().parent
+RANK = int(os.environ.get("RANK", 0))  # of this process under torchrun: all train, the first alone writes and prints
 
 
 class UserError(Exception):
@@ -65,6 +66,8 @@ class UserError(Exception):
 
 def run(main):
     """Call `main`; a UserError or a full disk becomes one line and exit code 2, Ctrl-C one line and 130, untraced."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
@@ -497,7 +500,7 @@ def load_base(name, bits=4, head=AutoModelForCausalLM, **settings):
     gc.collect()  # a Trainer that ended may still hold the last model
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        settings["device_map"] = {"": 0}
+        settings["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     with loading(name):
         return head.from_pretrained(find_model(name), dtype=dtype, use_safetensors=True, **settings).eval()
 
@@ -1139,6 +1142,9 @@ class Shelf:
 @contextlib.contextmanager
 def lock(folder):
     """One process at a time writes in a folder; the lock goes with the process, however it ends."""
+    if RANK:
+        yield
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -1192,7 +1198,8 @@ LLM_KEYS = ["bits", "strategy", "facts", "shots", "chat", "max_new_tokens"]  # w
 
 def write_about(path, about):
     """What made an output, beside it. An adapter's args.json is written last: a folder with it is complete."""
-    write_text(path, json.dumps({**about, "provenance": provenance()}, indent=1) + "\n")
+    if RANK == 0:
+        write_text(path, json.dumps({**about, "provenance": provenance()}, indent=1) + "\n")
 
 
 def claim(path, made_by):
@@ -1306,13 +1313,42 @@ class CountCheckpoints(transformers.TrainerCallback):
         wrote()
 
 
+class SortedSteps(torch.utils.data.Sampler):
+    """Examples in random order, those of one optimiser step sorted by length: its batches then need little padding.
+
+    Which examples meet in a step stays random, so the loss does not go up and down with the length.
+    """
+
+    def __init__(self, lengths, step, seed):
+        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        order = list(range(len(self)))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        for start in range(0, len(order), self.step):
+            yield from sorted(order[start : start + self.step], key=lambda index: -self.lengths[index])
+
+
 class LossTrainer(transformers.Trainer):
-    """The Trainer with a loss function of (model, inputs) that returns a mean over the batch."""
+    """The Trainer with a loss function of (model, inputs) that returns a mean over the batch, and `SortedSteps`."""
 
     def __init__(self, *args, loss, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss, self.loss_is_scaled_for_ga = loss, False
         self.model_accepts_loss_kwargs = False  # says the same to transformers before 5.19
+
+    def _get_train_sampler(self, train_dataset=None):
+        batches = self.args.gradient_accumulation_steps * self.args.world_size
+        if batches == 1:  # nothing to sort: a step is one batch
+            return super()._get_train_sampler(train_dataset)
+        return SortedSteps(list(map(tokens_of, self.train_dataset)), batches * self.args.train_batch_size,
+                           self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.loss(model, inputs)
@@ -1345,7 +1381,7 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
         # every checkpoint falls on a logged step: StopOnNonFinite has seen what is kept
         logging_steps=math.gcd(10, args.save_steps), logging_nan_inf_filter=False, save_steps=args.save_steps,
         save_total_limit=1, report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda,
-        disable_tqdm=False)
+        disable_tqdm=False, ddp_find_unused_parameters=False)
     trainer = LossTrainer(model, settings, collate, examples, loss=loss,
                           callbacks=[StopOnNonFinite(), CountCheckpoints()])
     last, full = last_checkpoint(settings.output_dir), False
@@ -1355,9 +1391,9 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
         trainer.train(resume_from_checkpoint=last)
     except torch.OutOfMemoryError:
         full = True  # dealt with below, since an exception holds on to what filled the memory
-    if full and size == 1:
-        raise UserError("out of memory with one example: lower --max-length, or use a smaller model or --bits 4; the "
-                        "last checkpoint is kept")
+    if full and (size == 1 or settings.world_size > 1):  # several processes cannot agree on smaller batches now
+        raise UserError(f"out of memory with a batch of {size}: lower --batch-size and raise --accumulate, lower "
+                        "--max-length, or use a smaller model or --bits 4; the last checkpoint is kept")
     if full:
         del trainer
         gc.collect()
@@ -1367,7 +1403,9 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
         half = size // 2 if size % 2 == 0 else 1
         print(f"out of memory: a batch of {size} becomes {size // half} batches of {half}", file=sys.stderr)
         return fine_tune(model, examples, collate, loss, args, folder, epochs, half)
-    model.save_pretrained(folder)
+    if RANK == 0:
+        model.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"steps": trainer.state.global_step, "examples": len(examples), "loss": losses[-1] if losses else None,
             "trainable_parameters": sum(weight.numel() for weight in trainable)}
@@ -1386,11 +1424,14 @@ def load_samples(args, records):
     return samples, short_hash(samples)
 
 
+def tokens_of(example):
+    """Length in tokens of an Asker's example, or of the longest answer in a Truster's."""
+    return max(map(len, example["rows"])) if "rows" in example else len(example["prompt"]) + len(example["target"])
+
+
 def drop_long(examples, max_length):
     """Examples of at most `max_length` tokens; longer ones are left out and counted: cutting would cut the answer."""
-    def length(example):
-        return max(map(len, example["rows"])) if "rows" in example else len(example["prompt"]) + len(example["target"])
-    kept = [example for example in examples if length(example) <= max_length]
+    kept = [example for example in examples if tokens_of(example) <= max_length]
     if not kept:
         raise UserError(f"all {len(examples)} training examples exceed --max-length {max_length} tokens: raise it")
     if len(kept) < len(examples):

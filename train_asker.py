@@ -181,6 +181,8 @@ def main():
         start = folder / "finetuned" if args.task_epochs else None
         model = art.add_lora(base, art.TaskType.CAUSAL_LM, args.rank, start)
         trained = art.fine_tune(model, examples, collate, asker_loss, args, folder / name, args.epochs)
+        if art.RANK:
+            return
         del model, base
         if args.end_to_end:
             art.write_about(folder / name / "args.json", {**asker_about, **trained})

@@ -97,6 +97,8 @@ def main():
         art.check_scorer(model)
         collate = make_collate(tokenizer.pad_token_id)
         trained = art.fine_tune(model, groups, collate, truster_loss, args, folder, args.epochs)
+        if art.RANK:
+            return
         del model, base
         # what is measured is what a fresh process will load: the adapter on disk, not the one in memory
         figures = dev_figures(art.Truster(folder, about=about), dev, samples)

@@ -1,6 +1,7 @@
 """The five commands as a user runs them: what they write, a second run, and bad input."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -258,3 +259,30 @@ def test_second_process_is_refused(monkeypatch, capsys, copy):
         code = f"import sys, art; sys.argv = {argv!r}; art.run(art.main)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "another process" in done.stderr and "Traceback" not in done.stderr
+
+
+
+WITHOUT_DROPOUT = """
+import art, train_asker
+config = art.LoraConfig
+art.LoraConfig = lambda **settings: config(**{**settings, "lora_dropout": 0.0})
+art.run(train_asker.main)
+"""
+
+
+def test_two_processes_train_like_one(kit, copy, tmp_path):
+    """Under torchrun, the same loss as one process with twice the accumulation; one process alone prints and writes."""
+    folder, flags = copy
+    (tmp_path / "train.py").write_text(WITHOUT_DROPOUT)  # each process draws its own
+    flags = [tmp_path / "train.py", *flags,
+             "--limit", "20", "--batch-size", "1", "--task-epochs", "1", "--epochs", "0.1"]
+    launch, about = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"], {}
+    for run, before, after in (("two", launch, ["1"]), ("one", [], ["2"])):
+        command = [sys.executable, *before, *flags, "--run", run, "--accumulate", *after]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        about[run] = json.loads((folder / f"runs/toy/{run}/finetuned/args.json").read_text())
+        assert done.stdout.count("drafts of dev") == 1 and (folder / f"runs/toy/{run}/asker/args.json").is_file()
+    assert about["two"]["steps"] == about["one"]["steps"] == 10
+    assert about["two"]["loss"] == pytest.approx(about["one"]["loss"], rel=1e-4)

@@ -242,6 +242,20 @@ def test_training_stops_at_nan():
     stop(settings, state, None, logs={"loss": 1.0, "grad_norm": 3.0})
 
 
+def test_examples_of_a_step_are_sorted():
+    """Every example once an epoch, each time in another order; long ones lie together within a step, not across."""
+    lengths = [(7 * i) % 40 for i in range(40)]
+    sampler = art.SortedSteps(lengths, step=8, seed=0)
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert epochs[0] == epochs[2] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
+    steps = [[lengths[i] for i in epochs[0][start : start + 8]] for start in range(0, 40, 8)]
+    assert all(step == sorted(step, reverse=True) for step in steps)
+    assert all(min(step) < 20 <= max(step) for step in steps)  # each step has short and long ones
+
+
 def test_records_are_plain_json(tmp_path):
     text = "line\u2028separator, caf\u00e9, \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")
     rows = [{"id": "a", "text": text}]
