@@ -990,10 +990,13 @@ def subquestions_of(record):
 def parse_subquestions(text):
     r"""The sub-questions in an Asker's text: the lines before the decision, without bullets, twelve at most.
 
+    An LLM that asks itself may revise the answer at once, without a decision; that is no sub-question.
+
     >>> parse_subquestions("1. How many are left?\n- Who has them?\nRefine:")
     ['How many are left?', 'Who has them?']
     """
-    lines = [re.sub(r"^\s*(?:[-*]|\d{1,3}[.)])?\s*", "", line).strip() for line in text.split(DECISION)[0].splitlines()]
+    asked = re.split(f"{DECISION}|Revised answer:", text)[0]
+    lines = [re.sub(r"^\s*(?:[-*]|\d{1,3}[.)])?\s*", "", line).strip() for line in asked.splitlines()]
     return [line for line in lines if line][:12]
 
 

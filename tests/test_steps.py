@@ -256,6 +256,26 @@ def test_examples_of_a_step_are_sorted():
     assert all(min(step) < 20 <= max(step) for step in steps)  # each step has short and long ones
 
 
+def test_number_format_follows_the_card(monkeypatch):
+    """fp32 without a card; fp16 on one that only emulates bf16, as a T4 does; bf16 on one that has it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert art.compute_dtype(4) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert art.compute_dtype(4) == torch.float16 and art.compute_dtype(32) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert art.compute_dtype(4) == torch.bfloat16
+
+
+def test_long_examples_are_left_out_and_counted(capsys):
+    examples = [{"prompt": [1] * n, "target": [1, 2]} for n in (3, 4, 5)]
+    assert art.drop_long(examples, 6) == examples[:2] and "1 of 3 examples left out" in capsys.readouterr().out
+    groups = [{"rows": [[1] * 3, [1] * n]} for n in (3, 9)]
+    assert art.drop_long(groups, 6) == groups[:1] and art.drop_long(groups, 9) == groups
+    with pytest.raises(art.UserError, match="--max-length 4"):
+        art.drop_long(examples, 4)
+
+
 def test_records_are_plain_json(tmp_path):
     text = "line\u2028separator, caf\u00e9, \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")
     rows = [{"id": "a", "text": text}]

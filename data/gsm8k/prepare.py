@@ -90,5 +90,6 @@ if __name__ == "__main__":
 
 # Measured with --offline-split 1000: 800 train, 200 dev, 319 test; none dropped, no near duplicates, plain file agrees.
 # In full, by construction: 6,973 train, 500 dev, 1,319 test (7,473 + 1,319 raw) if nothing is dropped. Measured on the
-# plain files: no question stands in both; three of train are near duplicates of test (20 of 632; 1314 and 5162 of 602).
+# plain files: no question stands in both; near duplicates: 3 of test (20 of 632; 1314 and 5162 of 602) and
+# 2 of dev in train (1314 of 5162, 2950 of 674).
 # test_socratic.jsonl: 14 answers with commas, 2 negative; questions 1042 and 1284 hold a sub-question without a step.
