@@ -426,7 +426,7 @@ def scaling(args):
                 (folder / "data/toy/test.jsonl").write_text("".join(test[:count]))
                 made.setdefault(count, []).append(run_script(["evaluate.py", *flags]))
                 print(f"{count}: {made[count][-1][0]:.1f} s", file=sys.stderr)
-                for stages in folder.glob("runs/toy/**/stages"):
+                for stages in list(folder.glob("runs/toy/**/stages")):
                     shutil.rmtree(stages)
     small, large = ([statistics.median(values) for values in zip(*made[count])] for count in made)
     head("test questions", "seconds (lowest to highest)", "of the first", "peak MiB", "of the first")
