@@ -1347,11 +1347,8 @@ class LossTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = False  # says the same to transformers before 5.19
 
     def _get_train_sampler(self, train_dataset=None):
-        batches = self.args.gradient_accumulation_steps * self.args.world_size
-        if batches == 1:  # nothing to sort: a step is one batch
-            return super()._get_train_sampler(train_dataset)
-        return SortedSteps(list(map(tokens_of, self.train_dataset)), batches * self.args.train_batch_size,
-                           self.args.seed)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return SortedSteps(list(map(tokens_of, self.train_dataset)), step, self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.loss(model, inputs)

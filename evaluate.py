@@ -446,7 +446,8 @@ def picture(results, path):
             price.plot(total(rows[name]["cost"]), 100 * rows[name]["accuracy"], "o", label=name)
     price.set(xlabel="floating-point operations a question", ylabel="accuracy in %")
     for axes in (gate, price):
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:  # not all rows may have been asked for
+            axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
