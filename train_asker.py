@@ -118,7 +118,8 @@ def dev_figures(args, lm, folder, dev, drafts, shift):
     art.claim(folder / "dev.jsonl", {"adapter": art.adapter_hash(folder)})
     with lm.use("asker"):
         rows = art.stage(folder / "dev.jsonl", "ask dev", [record["id"] for record in dev],
-                         lambda done: art.ask(lm, args.task, dev, texts, shift=shift, done=done))
+                         lambda done: art.ask(lm, args.task, dev, texts, shift=shift, done=done,
+                                              max_new_tokens=art.PRESETS[args.preset]["all"]["max_new_tokens"]))
     asked = [rows[record["id"]][0] for record in dev]
     p = np.array([row["p_refine"] for row in asked])
     threshold = art.best_threshold(p, np.where(wrong, 1, -1))
