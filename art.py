@@ -28,6 +28,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 import warnings
 from fractions import Fraction
@@ -829,9 +830,12 @@ class Endpoint:
         Each of the k samples is a request of its own, since not every server knows `n`. Tokens are as the server counts
         them. Where it gives no log-probabilities, "logprob" is None and "logit" plus or minus infinity, by the word.
         """
+        over = threading.Event()  # set after an error: what has not begun is not asked any more
+
         def several(index):
             return [self._generate(prompts[index], max_new_tokens, stop, temperature,
-                                   seed * 1_000_003 + index * k + number, options) for number in range(k)]
+                                   seed * 1_000_003 + index * k + number, options)
+                    for number in range(k) if not over.is_set()]
 
         pool, running = concurrent.futures.ThreadPoolExecutor(self.concurrency), {}
         rest = (index for index in range(len(prompts)) if index not in done)
@@ -841,10 +845,12 @@ class Endpoint:
                     running[pool.submit(several, index)] = index
                 if not running:
                     return
-                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                finished = concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done
+                for future in sorted(finished, key=lambda future: future.exception() is not None):  # errors last
                     yield [(running.pop(future), future.result())]
         finally:
-            pool.shutdown(wait=False)  # an error is told at once
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)  # an error is told at once
 
     def _generate(self, prompt, max_new_tokens, stop, temperature, seed, options):
         settings = {"model": self.name, "temperature": temperature, "seed": seed}
@@ -960,7 +966,8 @@ def answer_stop(task, chat):
 def solutions(lm, task, step, prompts, exemplars, **how):
     """Continue prompts to solutions; yields batches of (index, [candidate, ...]). `how` goes to `LM.generate`."""
     prompts = [lm.render(prompt, exemplars, INSTRUCTIONS[step]) for prompt in prompts]
-    for batch in lm.generate(prompts, stop=answer_stop(task, lm.chat), **how):
+    chat = lm.chat and not getattr(lm, "adapter", None)  # as `LM.render`
+    for batch in lm.generate(prompts, stop=answer_stop(task, chat), **how):
         yield [(index, [{**made, "answer": extract_answer(task, made["text"])} for made in several])
                for index, several in batch]
 
@@ -1018,7 +1025,8 @@ def ask(lm, task, records, drafts, exemplars=(), shift=0.0, **how):
         ends = [lm.extend(prompts[index], end) for index, end in zip(undecided, ends)]
         for again in lm.generate(ends, max_new_tokens=1, options=(options, True)):
             for position, (made,) in again:
-                rows[undecided[position]]["logit"] = made["logit"]
+                row = rows[undecided[position]]
+                row |= {"logit": made["logit"], **{key: row[key] + made[key] for key in ("tokens", "prompt_tokens")}}
         yield [(i, [{"subquestions": row["subquestions"], "p_refine": (1 + math.tanh((row["logit"] + shift) / 2)) / 2,
                      **{key: row[key] for key in ("stopped", "tokens", "prompt_tokens")}}]) for i, row in rows.items()]
 
@@ -1154,7 +1162,8 @@ def lock(folder):
         with filelock.FileLock(folder / ".lock", timeout=0):
             yield
     except filelock.Timeout:
-        raise UserError(f"another process is at work in {folder}: wait for it, or give another --run") from None
+        raise UserError(f"another process is at work in {folder}: wait for it, or give another --run or "
+                        "--runs") from None
 
 
 def parameters(name):
@@ -1223,7 +1232,8 @@ def claim(path, made_by):
         old, new = ({"commit": made["commit"], **made["versions"]} for made in (makers[-1], now))
         others = "; ".join(f"{key} = {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key])
         print(f"warning: {path} was made with {others}: what is lacking is made with these", file=sys.stderr)
-        write_text(about, json.dumps({**before, "continued_by": [*makers[1:], now]}, indent=1) + "\n")
+        if RANK == 0:
+            write_text(about, json.dumps({**before, "continued_by": [*makers[1:], now]}, indent=1) + "\n")
 
 
 def stage(path, label, ids, batches, per_id=1):
@@ -1382,6 +1392,7 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
         logging_steps=math.gcd(10, args.save_steps), logging_nan_inf_filter=False, save_steps=args.save_steps,
         save_total_limit=1, report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda,
         disable_tqdm=False, ddp_find_unused_parameters=False)
+    settings._n_gpu = min(settings.n_gpu, 1)  # more cards through torchrun alone: DataParallel knows no 4-bit weights
     trainer = LossTrainer(model, settings, collate, examples, loss=loss,
                           callbacks=[StopOnNonFinite(), CountCheckpoints()])
     last, full = last_checkpoint(settings.output_dir), False
@@ -1549,7 +1560,8 @@ def make_parser(llm=False, training=False):
         add("--strategy", default="cot", choices=("cot", "decomp"),
             help="of the first answer: chain of thought, or sub-questions (cot)")
         add("--max-new-tokens", type=int, help="of an answer; longer ones are cut off and counted (preset)")
-        add("--batch-tokens", type=int, help="of a batch with padding and new ones (preset; halved if memory runs out)")
+        add("--batch-tokens", type=int,
+            help="of a batch with padding and new ones (preset; the LLM's are halved if memory runs out)")
     if training:
         add("--lr", type=float, help="peak learning rate (preset; 2e-4 is QLoRA's for 7B and 13B)")
         add("--rank", type=int, help="of the LoRA matrices (preset: 16; alpha is twice that)")
@@ -1677,7 +1689,7 @@ def solve(args):
     draft = first(predict(shelf.get("llm"), args.task, record, strategy=args.strategy, **settings))
     show_record({"1 predict": draft["text"]})
     with shelf.get("asker").use("asker") as asker:
-        asked = first(ask(asker, args.task, record, [draft["text"]], shift=shift))
+        asked = first(ask(asker, args.task, record, [draft["text"]], shift=shift, max_new_tokens=args.max_new_tokens))
     wanted = asked["p_refine"] >= threshold
     show_record({"2 ask": "\n".join([*asked["subquestions"], f"{DECISION} {'Yes' if wanted else 'No'}  "
                                      f"(p_refine {asked['p_refine']:.2f}, threshold {threshold:.2f})"])})

@@ -203,9 +203,9 @@ def columns(task, records):
     p = {name: np.array([r["ask"][name]["p_refine"] for r in records]) for name in records[0].get("ask", ())}
     takes = {name: np.array([r["trust"][name]["refined"] > r["trust"][name]["initial"] for r in records])
              for name in records[0].get("trust", ()) if name != "samples"}
-    if "refined" in right and records[0]["candidates"]["refined"].get("logprob") is not None:
-        takes["logprob"] = np.array([r["candidates"]["refined"]["logprob"] > r["candidates"]["initial"]["logprob"]
-                                     for r in records])
+    pairs = [[r["candidates"].get(name, {}).get("logprob") for name in ("refined", "initial")] for r in records]
+    if not any(None in pair for pair in pairs):  # a server may give none
+        takes["logprob"] = np.array([refined > initial for refined, initial in pairs])
     return right, p, takes
 
 
@@ -259,13 +259,15 @@ def add_curve(args, row, test, models, budget):
     """Put the choice among k samples into the candidates of `test`; returns (k, [{"k", "accuracy", ...}, ...]).
 
     k is the first whose cost is at least `budget`, what `art` costs, so that the rival gets no less; or the last.
-    The prompt is counted once, since samples share the pass over it.
+    The prompt is counted once, since samples share the pass over it, but on a server as often as it is sent.
     """
     curve, chosen = [], None
     for k in range(1, max(CURVE_K) + 1):
         for record in test:
             samples = record["candidates"]["samples"][:k]
             record["candidates"][row] = {**pick(record, row, k), "tokens": sum(sample["tokens"] for sample in samples)}
+            if args.base_url:
+                record["candidates"][row]["prompt_tokens"] = sum(sample["prompt_tokens"] for sample in samples)
             if row == "best_of_k":  # the Truster reads each with the question
                 read = record["trust"]["samples"]["prompt_tokens"] * k / max(CURVE_K)
                 record["candidates"][row]["truster_tokens"] = round(read)
@@ -318,7 +320,7 @@ def total(price):
 
 
 def make_rows(args, rows, dev, test, models):
-    """({row: dictionary} as in DESIGN's results.json, {row: takes the refinement}, curves, sweeps).
+    """({row: its dictionary in results.json}, {row: takes the refinement}, curves, sweeps).
 
     Thresholds come from dev, everything else from test.
     """
@@ -397,14 +399,13 @@ def table(results):
     for name, curve in results["curves"].items():
         k = next(row["settings"]["k"] for row in results["rows"] if row["row"] == name)
         points = ", ".join(f"{point['accuracy']:.1%} (k = {point['k']})" for point in curve)
-        lines.append(f"{name}: {points}; in the table k = {k}, the first that costs what art does, at most "
-                     f"{max(CURVE_K)}.")
+        lines.append(f"{name}: {points}; in the table k = {k}, the first that costs what art does, if any does.")
     return "\n".join(lines) + "\n"
 
 
 def paper(results):
     """Ours beside the paper's figures for the task, as a Markdown table; empty where the paper has no such task."""
-    figures = [f for f in art.read_jsonl(art.ROOT / "docs/paper.jsonl") if f["task"] == results["task"].split("-")[0]]
+    figures = [f for f in art.read_jsonl(art.ROOT / "docs/paper.jsonl") if f["task"] == results["task"]]
     ours = {row["row"]: f"{row['accuracy']:.1%}" for row in results["rows"]}
     lines = [f"| {f['row']} | {f['llm']} | {f['figure']} | {ours.get(f['row'], '-')} | {f['status']} | {f['source']} |"
              for f in figures]
@@ -516,29 +517,39 @@ def grid(names, runs):
 
 
 def choose_rows(args):
-    """(the rows asked for, {row: why it cannot be had}). By default all but `end_to_end`, which needs a model more."""
+    """(the rows asked for, {row: why it cannot be had}). By default all rows whose models are trained."""
     folder = args.adapters or args.runs / args.task / args.run
-    names = list(ROWS) if args.rows == "all" else args.rows.split(",") if args.rows else list(ROWS)
+    names = args.rows.split(",") if args.rows not in (None, "all") else list(ROWS)
     if unknown := set(names) - set(ROWS):
         raise art.UserError(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}, all")
-    if args.rows == "all" and not args.adapters and not (folder / "end_to_end/args.json").is_file():
-        same = [word for key in ("task", "preset", "seed", "run", "runs", "data", "limit", "bits")
-                if getattr(args, key) is not None for word in (f"--{key}", str(getattr(args, key)))]
-        if subprocess.run([sys.executable, str(art.ROOT / "train_asker.py"), "--end-to-end", *same]).returncode:
-            raise art.UserError("end_to_end could not be trained (see above): train it with the flags you gave the "
-                                "Asker: python train_asker.py --end-to-end ...")
+    if args.rows == "all" and not args.adapters:
+        train_end_to_end(args, folder)
     lacking = {}
     for name, flag in (("finetuned", "--task-epochs 1 --run ANOTHER"), ("end_to_end", "--end-to-end")):
-        if name in names and not (folder / name / "args.json").is_file() and not (args.rows and args.rows != "all"):
+        if args.rows in (None, "all") and not (folder / name / "args.json").is_file():
             lacking[name] = f"`python train_asker.py {flag}` makes it"
     return [row for row in ROWS if row in names and row not in lacking], lacking
+
+
+def train_end_to_end(args, folder):
+    """Train what the row end_to_end needs as the Asker of the run was trained, if that is still to do."""
+    about = art.read_about(folder / "asker", "train_asker.py")
+    keys = ("limit", "seed", "bits", "lr", "rank", "batch_size", "accumulate", "max_length", "task_epochs", "epochs",
+            "subquestions")
+    flags = {**{key: getattr(args, key) for key in ("task", "preset", "run", "runs", "data")},
+             **{key: about[key] for key in keys}, "asker_model": about["model"]}
+    words = [word for key, value in flags.items() if value is not None
+             for word in (f"--{key.replace('_', '-')}", str(value))]
+    if subprocess.run([sys.executable, str(art.ROOT / "train_asker.py"), "--end-to-end", *words]).returncode:
+        raise art.UserError("end_to_end could not be trained (see above): give --rows without it")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, parents=[art.make_parser(llm=True)],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rows", help=f"comma-separated, of {', '.join(ROWS)}; or all (all that need no training beside the two)")
+    add("--rows", help=f"comma-separated, of {', '.join(ROWS)}; all: trains what end_to_end needs, too (those whose "
+                       "models are trained)")
     add("--adapters", type=Path, metavar="FOLDER",
         help="take Asker, Truster and finetuned from this run, also of another task (the run itself)")
     add("--summary", nargs="+", metavar="RUN", help="only print these finished runs side by side")
@@ -555,7 +566,7 @@ def main():
         used = run_stages(args, rows, dev, test)
         models = {name: {"model": model, "parameters": None if name == "llm" and args.base_url else
                          art.parameters(model)} for name, model in used.items()}
-        if "logprob" not in columns(args.task, test)[2] and "logprob_choice" in rows:
+        if "logprob_choice" in rows and not all("logprob" in columns(args.task, part)[2] for part in (dev, test)):
             rows.remove("logprob_choice")
             lacking["logprob_choice"] = "the server gives no log-probabilities"
         made, takes, curves, sweeps = make_rows(args, rows, dev, test, models)
@@ -575,12 +586,15 @@ def main():
             for record, taken in zip(test, takes["art"]):
                 record["final"] = record["candidates"]["refined" if taken else "initial"]["answer"]
             art.write_text(folder / "flips.txt", flips(args.task, test, takes["art"]))
+        else:
+            (folder / "flips.txt").unlink(missing_ok=True)  # of other rows
         art.write_jsonl(folder / "records.jsonl", test)
         art.write_text(folder / "table.md", table(results) + paper(results))
         picture(results, folder / "results.png")
         art.write_text(path, json.dumps(results, indent=1) + "\n")
     print(table(results) + paper(results))
-    print(f"{folder}: results.json, table.md, records.jsonl, flips.txt ({results['seconds']:.0f} s)")
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.glob('*.*') if path.is_file()))} "
+          f"({results['seconds']:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ written to runs/<task>/<run>/, with figures on dev beside them in args.json.
 """
 
 import argparse
+import json
 import math
 
 import numpy as np
@@ -44,12 +45,13 @@ def ask_examples(records, samples, subquestions, tokenizer, decision_ids, end_to
         drafts = {row["text"]: row["correct"] for row in samples.get(record["id"], ())}
         for draft, correct in drafts.items():
             asked = subquestions[record["id"]]
-            prompt, target = art.ask_prompt(record, draft), art.ask_target(asked, not correct)
+            prompt, text = art.ask_prompt(record, draft), art.ask_target(asked, not correct)
             if end_to_end:
                 solution = art.solution_text(record["solution"], record["answer"])
-                prompt, target = art.predict_prompt(record), art.end_to_end_target(draft, asked, not correct, solution)
-            prompt, target = encode(tokenizer, prompt, target)
-            place = max(i for i, token in enumerate(target) if token in decision_ids)
+                prompt, text = art.predict_prompt(record), art.end_to_end_target(draft, asked, not correct, solution)
+            prompt, target = encode(tokenizer, prompt, text)
+            decided = encode(tokenizer, "", text.partition("\nRevised answer:")[0])[1]
+            place = max(i for i, token in enumerate(decided) if token in decision_ids)
             examples.append({"prompt": prompt, "target": target, "decision": place})
             labels.append(not correct)
     share = float(np.mean(labels)) if labels else 0.0
@@ -115,11 +117,12 @@ def dev_figures(args, lm, folder, dev, drafts, shift):
     texts = [drafts[record["id"]]["text"] for record in dev]
     wrong = np.array([not drafts[record["id"]]["correct"] for record in dev])
     lm.add_adapter("asker", folder)
+    length = json.loads((args.runs / args.task / "samples.args.json").read_text())["max_new_tokens"]  # as the LLM has
     art.claim(folder / "dev.jsonl", {"adapter": art.adapter_hash(folder)})
     with lm.use("asker"):
         rows = art.stage(folder / "dev.jsonl", "ask dev", [record["id"] for record in dev],
                          lambda done: art.ask(lm, args.task, dev, texts, shift=shift, done=done,
-                                              max_new_tokens=art.PRESETS[args.preset]["all"]["max_new_tokens"]))
+                                              max_new_tokens=length))
     asked = [rows[record["id"]][0] for record in dev]
     p = np.array([row["p_refine"] for row in asked])
     threshold = art.best_threshold(p, np.where(wrong, 1, -1))

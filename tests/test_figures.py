@@ -116,7 +116,7 @@ def test_vote_and_truster_among_samples():
 
 
 def test_curve_is_read_off_at_the_cost_of_art():
-    args = Namespace(task="gsm8k")
+    args = Namespace(task="gsm8k", base_url=None)
     samples = [{"text": f"#### {n}", "answer": str(n), "stopped": True, "tokens": 10, "prompt_tokens": 50}
                for n in (3, 4, 4, 4, 3, 3, 3, 3)]
     test = [{"answer": "4", "candidates": {"samples": samples}, "trust": {"samples": {
@@ -126,6 +126,9 @@ def test_curve_is_read_off_at_the_cost_of_art():
     assert k == 3 and [point["accuracy"] for point in curve] == [0, 0, 1, 1, 0]
     assert evaluate.total(curve[2]["cost"]) == 2 * 80 and test[0]["candidates"]["majority"]["answer"] == "4"
     k, curve = evaluate.add_curve(args, "best_of_k", test, models, None)
+    args.base_url = "http://localhost"  # reads the prompt again for each sample
+    price = evaluate.add_curve(args, "majority", test, models, None)[1][-1]["cost"]
+    assert evaluate.total(price) == 2 * 8 * (50 + 10)
     assert k == 8 and evaluate.total(curve[-1]["cost"]) == 2 * (50 + 80 + 800) and curve[-1]["accuracy"] == 0
 
 

@@ -67,9 +67,9 @@ def document(rng):
     if kind == "check":  # reads the question again, as carelessly, and compares
         draft, again = attempt(rng, problem, CARELESS), attempt(rng, problem, CARELESS)
         return art.ask_prompt(record, draft[1]) + art.ask_target(again[0], draft[2] != again[2])
-    if kind == "refine":  # along sub-questions of a careful or a careless reader
+    if kind == "refine":  # along sub-questions of another careless reader: who asks himself asks as he answers
         draft = wrong_first(rng, problem)
-        reading = read(rng, rng.choice([CARELESS, CAREFUL]), 0)
+        reading = read(rng, CARELESS, 0)
         subquestions = [subquestion for subquestion, _ in solve(problem, reading)[0]]
         reading.basket = problem.basket is not None and rng.random() < OVERDOING
         return art.refine_prompt(record, draft[1], subquestions) + art.solution_text(*solve(problem, reading))
@@ -111,7 +111,7 @@ def batch(tokenizer, seed, step, rows, length):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8000, help="of 2,048 tokens each (8000: the loss is flat by then)")
+    parser.add_argument("--steps", type=int, default=6000, help="of 2,048 tokens each (6000: the loss is flat by then)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak, after 100 steps; linear (3e-3: largest stable)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and text (0)")
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder of the result (data/toy/base)")
