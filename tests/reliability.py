@@ -1,8 +1,8 @@
 """What is too slow for the test suite: 20 kills a script, a small disk, the whole kit twice. See RELIABILITY.md.
 
-    python tests/reliability.py kills      # about an hour on two cores
-    python tests/reliability.py disk       # 5 minutes; needs the right to mount, for a file system of its own
-    python tests/reliability.py twice      # 3 minutes
+    python tests/reliability.py kills      # about an hour on two busy cores; --script evaluate: of that one alone
+    python tests/reliability.py disk       # 20 minutes; needs the right to mount, for a file system of its own
+    python tests/reliability.py twice      # 5 minutes
 
 Everything happens in a temporary folder, or in --folder, on 40 toy questions a split.
 """
@@ -52,8 +52,8 @@ def kill_at_random(kit, script, seconds):
     return process.wait() == -signal.SIGKILL
 
 
-def kills(folder):
-    """Each script, killed 20 times and then run to its end: it must leave what an uninterrupted run leaves.
+def kills(folder, scripts=TINY):
+    """Each of `scripts`, killed 20 times and then run to its end: it must leave what an uninterrupted run leaves.
 
     By turns behind the n-th write, behind it with the last line torn in half, and from outside at a random moment.
     Where a script reaches its end before, it is checked too, what it wrote is deleted, and it begins anew.
@@ -63,6 +63,8 @@ def kills(folder):
     rng = random.Random(0)
     for script in TINY:
         seconds, killed = finish(whole, script), SmallSteps(folder / script)
+        if script not in scripts:
+            continue
         expected = outcome(script, whole.runs)
         whole.copy(killed.folder)
         killed.forget(script)
@@ -139,7 +141,12 @@ def twice(folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kills", "disk", "twice"))
+    parser.add_argument("--script", choices=TINY, action="append", help="to be killed (all)")
     parser.add_argument("--folder", type=Path, help="where to work; it must be empty (a temporary folder)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        {"kills": kills, "disk": disk, "twice": twice}[arguments.what](arguments.folder or Path(temporary))
+        where = arguments.folder or Path(temporary)
+        if arguments.what == "kills":
+            kills(where, arguments.script or TINY)
+        else:
+            {"disk": disk, "twice": twice}[arguments.what](where)

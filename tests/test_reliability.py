@@ -5,6 +5,7 @@ What is too slow for a test suite, such as 20 kills a script, is in tests/reliab
 
 import ast
 import json
+import math
 import re
 import signal
 from argparse import Namespace
@@ -136,40 +137,39 @@ def test_other_versions_are_said_and_recorded(kit, tmp_path, monkeypatch, capsys
 
 
 
-@pytest.mark.parametrize(("save_steps", "fails_at"), [(1, 3), (9, 3)])
-def test_training_out_of_memory(tmp_path, capsys, save_steps, fails_at):
-    """Batches of more than 2 fail from a step on, with and without a checkpoint by then: the steps remain the same.
-
-    The loss is a mean over questions, and there is no dropout: a step must give the loss it gives with enough memory.
-    """
+def train(folder, loss, save_steps):
+    """A small Truster without dropout, 20 questions in batches of 6, two passes; (figures, its weights)."""
     tokenizer = art.load_tokenizer("data/toy/base")
     records = [{"id": str(i), "question": f"Ann has {i} pens. How many?"} for i in range(20)]
     samples = {str(i): [{"text": f"#### {i}", "correct": True}, {"text": f"#### {i + 1}", "correct": False}]
                for i in range(20)}
     groups = train_truster.contrast(records, samples, tokenizer)
+    model = art.add_lora(art.load_scorer("data/toy/base", 32, 0), art.TaskType.SEQ_CLS, 4)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    args = Namespace(bits=32, batch_size=6, accumulate=1, lr=1e-2, seed=0, save_steps=save_steps, report_to="none")
+    trained = art.fine_tune(model, groups, train_truster.make_collate(tokenizer.pad_token_id), loss, args, folder, 2)
+    return trained, {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
-    def train(folder, most):
-        calls = []
 
+@pytest.mark.parametrize("save_steps", [1, 9])
+def test_training_out_of_memory(tmp_path, capsys, save_steps):
+    """Batches of more than 2 fail from a step on, with and without a checkpoint by then: the steps remain the same.
+
+    The loss is a mean over questions, and there is no dropout: a step must give the loss it gives with enough memory.
+    """
+    def short(most, calls):
         def loss(model, inputs):
             calls.append(len(inputs["sizes"]))
-            if calls[-1] > most and len(calls) > fails_at:
+            if calls[-1] > most and len(calls) > 3:
                 raise torch.OutOfMemoryError("simulated")
             return train_truster.truster_loss(model, inputs)
+        return loss
 
-        model = art.add_lora(art.load_scorer("data/toy/base", 32, 0), art.TaskType.SEQ_CLS, 4)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        args = Namespace(bits=32, batch_size=6, accumulate=1, lr=1e-2, seed=0, save_steps=save_steps, report_to="none")
-        collate = train_truster.make_collate(tokenizer.pad_token_id)
-        trained = art.fine_tune(model, groups, collate, loss, args, folder, 2)
-        weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        return trained, weights, calls
-
-    enough, expected, _ = train(tmp_path / "enough", 100)
+    enough, expected = train(tmp_path / "enough", train_truster.truster_loss, save_steps)
     capsys.readouterr()
-    little, weights, calls = train(tmp_path / "little", 2)
+    little, weights = train(tmp_path / "little", short(2, calls := []), save_steps)
     assert "a batch of 6 becomes 2 batches of 3" in (said := capsys.readouterr()).err
     assert "a batch of 3 becomes 3 batches of 1" in said.err and set(calls) == {6, 3, 2, 1}
     assert ("going on from" in said.out) == (save_steps == 1)
@@ -177,7 +177,20 @@ def test_training_out_of_memory(tmp_path, capsys, save_steps, fails_at):
     assert little["loss"] == pytest.approx(enough["loss"], abs=1e-4)
     assert all(torch.allclose(weights[name], expected[name], atol=1e-3) for name in expected)
     with pytest.raises(art.UserError, match="--max-length"):
-        train(tmp_path / "none", 0)
+        train(tmp_path / "none", short(0, []), save_steps)
+
+
+def test_no_checkpoint_holds_what_is_not_finite(tmp_path):
+    """The sixth loss is not a number: the checkpoint due at that step is not written, the one before it is kept."""
+    calls = []
+
+    def loss(model, inputs):
+        calls.append(1)
+        return train_truster.truster_loss(model, inputs) * (math.nan if len(calls) == 6 else 1)
+
+    with pytest.raises(art.UserError, match="loss is nan at step 6"):
+        train(tmp_path, loss, save_steps=3)
+    assert art.last_checkpoint(tmp_path / "checkpoints") == str(tmp_path / "checkpoints/checkpoint-3")
 
 
 def test_ids_name_no_files(kit):

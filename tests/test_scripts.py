@@ -241,7 +241,8 @@ def test_missing_model(monkeypatch, capsys, copy, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "data/toy/base" / name, tmp_path / "pickled" / name)
     torch.save({}, tmp_path / "pickled/pytorch_model.bin")
-    assert "safetensors" in refused(monkeypatch, capsys, "sample", *flags, "--model", tmp_path / "pickled")
+    line = refused(monkeypatch, capsys, "sample", *flags, "--model", tmp_path / "pickled")
+    assert "safetensors" in line and "pickled ones are refused, since" in line
 
 
 def test_no_git_and_no_exemplars(monkeypatch, tmp_path):
