@@ -134,7 +134,7 @@ def make_split(name, size, seed, taken):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # the seed of test was drawn at random after the base model was frozen
-    for name, size, seed in (("train", 1500, 0), ("dev", 300, 0), ("test", 1000, 62513)):
+    for name, size, seed in (("train", 1500, 0), ("dev", 300, 0), ("test", 1000, 43326)):
         parser.add_argument(f"--{name}", type=int, default=size, help=f"questions ({size}: minutes on a laptop)")
         parser.add_argument(f"--{name}-seed", type=int, default=seed, help=f"of {name} ({seed})")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="output folder (data/toy)")
