@@ -593,8 +593,8 @@ def main():
         picture(results, folder / "results.png")
         art.write_text(path, json.dumps(results, indent=1) + "\n")
     print(table(results) + paper(results))
-    print(f"{folder}: {', '.join(sorted(path.name for path in folder.glob('*.*') if path.is_file()))} "
-          f"({results['seconds']:.0f} s)")
+    written = [path.name for path in folder.glob("[a-z]*.*")]
+    print(f"{folder}: {', '.join(sorted(written))} ({results['seconds']:.0f} s)")
 
 
 if __name__ == "__main__":
