@@ -1680,7 +1680,8 @@ def solve(args):
     """One question through the four steps, each printed as it comes."""
     record, shelf = [{"question": args.question}], Shelf(args)
     settings = {"exemplars": load_exemplars(args.task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
-    shift, threshold = (shelf.about("asker")[key] for key in ("shift", "threshold"))
+    about = {name: shelf.about(name) for name in ("asker", "truster")}  # missing ones are told before anything is made
+    shift, threshold = about["asker"]["shift"], about["asker"]["threshold"]
 
     def first(batches):
         return next(batches)[0][1][0]

@@ -113,7 +113,7 @@ def test_evaluation_redoes_what_depends_on_a_change(kit, tmp_path, monkeypatch, 
     new = {path.name.split("-")[0] for path in again.files().keys() - before.keys()}
     assert new == {"trust", "trust_samples"}
     change_question(again.data / "toy/test.jsonl")
-    monkeypatch.setattr(art, "predict", lambda lm, task, records, **how: refuse(how["done"]))
+    monkeypatch.setattr(art, "predict", lambda lm, task, records, *more, **how: refuse(how["done"]))
     assert "asked again without set()" in refused(monkeypatch, capsys, "evaluate", *again.flags("evaluate"))
 
 

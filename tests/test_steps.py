@@ -133,7 +133,7 @@ def test_batches_and_prefix_do_not_change_the_text(lm, monkeypatch):
 
 def test_logprob_is_that_of_the_text(lm):
     prompt = prompts_of(lm, shots=0)[0]
-    made = run(lm, [prompt], max_new_tokens=48)[0][0]
+    made = run(lm, [prompt], max_new_tokens=96)[0][0]
     assert made["stopped"]
     ids = lm.tokenizer(made["text"], add_special_tokens=False)["input_ids"] + [lm.tokenizer.eos_token_id]
     with torch.inference_mode():
