@@ -219,7 +219,9 @@ def read_jsonl(path, mend="", journal=False):
 
 
 def write_text(path, text):
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; under torchrun the first process alone."""
+    if RANK:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -612,7 +614,7 @@ class LM:
         self.chat = chat == "yes" or (chat == "auto" and bool(self.tokenizer.chat_template))
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        self.adapters, self.adapter, self._prefix, self._cache = [], None, None, None
+        self.adapters, self._prefix, self._cache = [], None, None
         # a stop can only be complete after a token with one of these characters: the others need no decoding
         pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         self._may_stop = torch.tensor(["\n" in piece or ":" in piece for piece in pieces] + [True])
@@ -628,19 +630,19 @@ class LM:
 
     @contextlib.contextmanager
     def use(self, name):
-        """`with lm.use("asker"):` the adapter is on; outside it is off."""
+        """`with lm.use("asker"):` the adapter is on, and prompts are plain, as it was trained; outside it is off."""
         self.model.set_adapter(name, inference_mode=True)
         self.model.base_model.enable_adapter_layers()
-        self.adapter, self._prefix = name, None
+        self._prefix, self.chat, chat = None, False, self.chat
         try:
             yield self
         finally:
             self.model.base_model.disable_adapter_layers()
-            self.adapter, self._prefix = None, None
+            self._prefix, self.chat = None, chat
 
     def render(self, prompt, exemplars=(), instruction=""):
         """Token ids of a prompt behind its exemplars, [(prompt, answer), ...]: chat turns, or text with blank lines."""
-        if not self.chat or self.adapter:  # adapters are trained on the plain form
+        if not self.chat:
             return self.tokenizer(plain_text(prompt, exemplars))["input_ids"]
         text = self.tokenizer.apply_chat_template(chat_turns(prompt, exemplars, instruction), tokenize=False,
                                                   add_generation_prompt=True)
@@ -966,8 +968,7 @@ def answer_stop(task, chat):
 def solutions(lm, task, step, prompts, exemplars, **how):
     """Continue prompts to solutions; yields batches of (index, [candidate, ...]). `how` goes to `LM.generate`."""
     prompts = [lm.render(prompt, exemplars, INSTRUCTIONS[step]) for prompt in prompts]
-    chat = lm.chat and not getattr(lm, "adapter", None)  # as `LM.render`
-    for batch in lm.generate(prompts, stop=answer_stop(task, chat), **how):
+    for batch in lm.generate(prompts, stop=answer_stop(task, lm.chat), **how):
         yield [(index, [{**made, "answer": extract_answer(task, made["text"])} for made in several])
                for index, several in batch]
 
@@ -987,6 +988,15 @@ def draw(lm, args, records, k, temperature, seed, first=0, **how):
                          temperature=temperature, seed=seed, max_new_tokens=args.max_new_tokens, **how):
         yield [(i, [{"sample": first + j, "correct": is_correct(args.task, made["text"], records[i]["answer"]), **made}
                     for j, made in enumerate(several)]) for i, several in batch]
+
+
+def probability(log_odds):
+    """Of the first of two options, from the log-odds of it against the second; also for plus and minus infinity.
+
+    >>> probability(0.0), probability(float("inf"))
+    (0.5, 1.0)
+    """
+    return (1 + math.tanh(log_odds / 2)) / 2
 
 
 def subquestions_of(record):
@@ -1027,7 +1037,7 @@ def ask(lm, task, records, drafts, exemplars=(), shift=0.0, **how):
             for position, (made,) in again:
                 row = rows[undecided[position]]
                 row |= {"logit": made["logit"], **{key: row[key] + made[key] for key in ("tokens", "prompt_tokens")}}
-        yield [(i, [{"subquestions": row["subquestions"], "p_refine": (1 + math.tanh((row["logit"] + shift) / 2)) / 2,
+        yield [(i, [{"subquestions": row["subquestions"], "p_refine": probability(row["logit"] + shift),
                      **{key: row[key] for key in ("stopped", "tokens", "prompt_tokens")}}]) for i, row in rows.items()]
 
 
@@ -1058,7 +1068,7 @@ def choose(lm, records, texts, done=()):
         for index in {place // 2 for place, _ in batch}:
             if {2 * index, 2 * index + 1} <= seen.keys():
                 (first, second), read = texts[index], (seen[2 * index], seen[2 * index + 1])
-                p = (2 + math.tanh(read[0]["logit"] / 2) - math.tanh(read[1]["logit"] / 2)) / 4
+                p = (probability(read[0]["logit"]) + 1 - probability(read[1]["logit"])) / 2
                 rows.append((index, [{first: p, second: 1 - p, **{
                     key: sum(made[key] for made in read) for key in ("tokens", "prompt_tokens")}}]))
         yield rows
@@ -1210,8 +1220,12 @@ LLM_KEYS = ["bits", "strategy", "facts", "shots", "chat", "max_new_tokens"]  # w
 
 def write_about(path, about):
     """What made an output, beside it. An adapter's args.json is written last: a folder with it is complete."""
-    if RANK == 0:
-        write_text(path, json.dumps({**about, "provenance": provenance()}, indent=1) + "\n")
+    write_text(path, json.dumps({**about, "provenance": provenance()}, indent=1) + "\n")
+
+
+def maker(path):
+    """The file in which `claim` writes what makes the output at `path`."""
+    return Path(path).with_suffix(".args.json")
 
 
 def claim(path, made_by):
@@ -1220,7 +1234,7 @@ def claim(path, made_by):
     Other package versions or another commit only warn and are added to the record: to refuse them would throw away
     hours of work after a `git pull` or at Colab's next update.
     """
-    about = Path(path).with_suffix(".args.json")
+    about = maker(path)
     if not about.exists():
         write_about(about, made_by)
         return
@@ -1232,8 +1246,7 @@ def claim(path, made_by):
         old, new = ({"commit": made["commit"], **made["versions"]} for made in (makers[-1], now))
         others = "; ".join(f"{key} = {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key])
         print(f"warning: {path} was made with {others}: what is lacking is made with these", file=sys.stderr)
-        if RANK == 0:
-            write_text(about, json.dumps({**before, "continued_by": [*makers[1:], now]}, indent=1) + "\n")
+        write_text(about, json.dumps({**before, "continued_by": [*makers[1:], now]}, indent=1) + "\n")
 
 
 def stage(path, label, ids, batches, per_id=1):

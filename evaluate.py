@@ -104,8 +104,8 @@ def run_stages(args, rows, dev, test):
     settings = {"exemplars": art.load_exemplars(task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
     samples, _ = art.load_samples(args, dev)
     path = args.runs / task / "samples.jsonl"  # holds the drafts of dev
-    made_by = json.loads(path.with_suffix(".args.json").read_text())
-    art.require_same(made_by, llm, path, "give the flags you gave art.py sample")
+    sampling = json.loads(art.maker(path).read_text())
+    art.require_same(sampling, llm, path, "give the flags you gave art.py sample")
     supported = {**settings, "facts": args.facts != "none"}
 
     def strip(row):
@@ -125,8 +125,8 @@ def run_stages(args, rows, dev, test):
                 made = art.stage(folder / f"{name}-{digest}.jsonl", name, [r["id"] for r in over], batches, per_id)
             part, key = PLACES.get(name, ("candidates", name))
             for record in over:
-                rows = [strip(row) for row in made[record["id"]]]
-                record.setdefault(part, {})[key] = rows if name == "samples" else rows[0]
+                kept = [strip(row) for row in made[record["id"]]]
+                record.setdefault(part, {})[key] = kept if name == "samples" else kept[0]
         return {**made_by, name: digest}
 
     def adapter(name):
@@ -136,11 +136,11 @@ def run_stages(args, rows, dev, test):
         shelf.about(name)
         return {name: art.adapter_hash(shelf.folder / name)}
 
-    def with_adapter(name, step, **how):
-        """Batches of a step of the model that carries an adapter."""
+    def with_adapter(name, step):
+        """The batches of a step, a function of (lm, done), with an adapter on."""
         def batches(done):
             with shelf.get(name).use(name) as lm:
-                yield from step(lm, task, **how, done=done)
+                yield from step(lm, done)
         return batches
 
     def drafts():
@@ -153,7 +153,7 @@ def run_stages(args, rows, dev, test):
         return {name: record["candidates"][name]["text"] for name in ("initial", "refined")}
 
     alone = {**llm, "test": art.data_hash(task, ["test"], args.data)}
-    drawing = {key: made_by[key] for key in ("seed", "temperature")}  # as the samples of train, for all runs
+    drawing = {key: sampling[key] for key in ("seed", "temperature")}  # as the samples of train, for all runs
     drawn = stage("samples", {**alone, **drawing}, test, lambda done: art.draw(
         shelf.get("llm"), args, test, max(CURVE_K), **drawing, done=done), max(CURVE_K))
     records = dev + test
@@ -168,15 +168,15 @@ def run_stages(args, rows, dev, test):
         shelf.get("llm"), task, records, drafts(), asked("self"), done=done, **supported))
     stage("refined_plain", by, records, lambda done: art.refine(
         shelf.get("llm"), task, records, drafts(), done=done, **supported))
-    for name, step, room in (("finetuned", art.predict, 1), ("end_to_end", art.end_to_end, 3)):
-        if name in needed:
-            how = {"strategy": shelf.about(name)["strategy"]} if name == "finetuned" else {}
-            stage(name, {**alone, **adapter(name)}, test, with_adapter(
-                name, step, records=test, max_new_tokens=room * args.max_new_tokens, **how))
+    stage("finetuned", {**alone, **adapter("finetuned")}, test, with_adapter("finetuned", lambda lm, done: art.predict(
+        lm, task, test, strategy=shelf.about("finetuned")["strategy"], max_new_tokens=args.max_new_tokens, done=done)))
+    stage("end_to_end", {**alone, **adapter("end_to_end")}, test, with_adapter(
+        "end_to_end", lambda lm, done: art.end_to_end(  # a draft, sub-questions and a revised answer
+            lm, task, test, max_new_tokens=3 * args.max_new_tokens, done=done)))
     by |= adapter("asker")
-    by = stage("ask", by, records, lambda done: with_adapter(
-        "asker", art.ask, records=records, drafts=drafts(), shift=shelf.about("asker")["shift"],
-        max_new_tokens=args.max_new_tokens)(done))
+    by = stage("ask", by, records, with_adapter("asker", lambda lm, done: art.ask(
+        lm, task, records, drafts(), shift=shelf.about("asker")["shift"], max_new_tokens=args.max_new_tokens,
+        done=done)))
     by = stage("refined", by, records, lambda done: art.refine(
         shelf.get("llm"), task, records, drafts(), asked("asker"), done=done, **supported))
     stage("trust_self", by, records, lambda done: art.choose(
@@ -196,16 +196,26 @@ def run_stages(args, rows, dev, test):
 # The rows: no model is asked any more
 
 
+def verdicts(task, records, candidate):
+    """Which answers of a candidate are right: array (n,) of bool."""
+    return np.array([art.is_correct(task, r["candidates"][candidate]["text"], r["answer"]) for r in records])
+
+
+def has_logprobs(records):
+    """Is the probability of every draft and refinement known? A server may not give it."""
+    return all(r["candidates"].get(name, {}).get("logprob") is not None
+               for r in records for name in ("initial", "refined"))
+
+
 def columns(task, records):
     """Arrays (n,) for the rows: which candidates are right, the p_refine of each decider, what each chooser takes."""
-    right = {name: np.array([art.is_correct(task, r["candidates"][name]["text"], r["answer"]) for r in records])
-             for name in records[0]["candidates"] if name != "samples"}
+    right = {name: verdicts(task, records, name) for name in records[0]["candidates"] if name != "samples"}
     p = {name: np.array([r["ask"][name]["p_refine"] for r in records]) for name in records[0].get("ask", ())}
     takes = {name: np.array([r["trust"][name]["refined"] > r["trust"][name]["initial"] for r in records])
              for name in records[0].get("trust", ()) if name != "samples"}
-    pairs = [[r["candidates"].get(name, {}).get("logprob") for name in ("refined", "initial")] for r in records]
-    if not any(None in pair for pair in pairs):  # a server may give none
-        takes["logprob"] = np.array([refined > initial for refined, initial in pairs])
+    if has_logprobs(records):
+        takes["logprob"] = np.array([r["candidates"]["refined"]["logprob"] > r["candidates"]["initial"]["logprob"]
+                                     for r in records])
     return right, p, takes
 
 
@@ -271,7 +281,7 @@ def add_curve(args, row, test, models, budget):
             if row == "best_of_k":  # the Truster reads each with the question
                 read = record["trust"]["samples"]["prompt_tokens"] * k / max(CURVE_K)
                 record["candidates"][row]["truster_tokens"] = round(read)
-        right = np.array([art.is_correct(args.task, r["candidates"][row]["text"], r["answer"]) for r in test])
+        right = verdicts(args.task, test, row)
         price = cost(row, test, np.ones(len(test), bool), models)
         curve.append({"k": k, "accuracy": float(right.mean()), "ci95": wilson(int(right.sum()), len(test)),
                       "cost": price})
@@ -332,7 +342,7 @@ def make_rows(args, rows, dev, test, models):
         if row in CURVES:
             budget = total(cost("art", test, decided["art"][0], models)) if "art" in decided else None
             k[row], curves[row] = add_curve(args, row, test, models, budget)
-            right = columns(args.task, test)[0]
+            right[candidate] = verdicts(args.task, test, candidate)
         thresholds[row] = set_threshold(row, *on_dev)
         if decides == "random":  # the mean over every subset of the size that the Asker refines, exactly
             gate = outcome("asker", *on_test, set_threshold("asker", *on_dev))[0]
@@ -519,20 +529,22 @@ def grid(names, runs):
 def choose_rows(args):
     """(the rows asked for, {row: why it cannot be had}). By default all rows whose models are trained."""
     folder = args.adapters or args.runs / args.task / args.run
-    names = args.rows.split(",") if args.rows not in (None, "all") else list(ROWS)
+    named = args.rows not in (None, "all")
+    names = args.rows.split(",") if named else list(ROWS)
     if unknown := set(names) - set(ROWS):
         raise art.UserError(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}, all")
-    if args.rows == "all" and not args.adapters:
+    trained = {name: (folder / name / "args.json").is_file() for name in ("finetuned", "end_to_end")}
+    if args.rows == "all" and not args.adapters and not trained["end_to_end"]:
         train_end_to_end(args, folder)
-    lacking = {}
-    for name, flag in (("finetuned", "--task-epochs 1 --run ANOTHER"), ("end_to_end", "--end-to-end")):
-        if args.rows in (None, "all") and not (folder / name / "args.json").is_file():
-            lacking[name] = f"`python train_asker.py {flag}` makes it"
+        trained["end_to_end"] = True
+    flags = {"finetuned": "--task-epochs 1 --run ANOTHER", "end_to_end": "--end-to-end"}
+    lacking = {} if named else {name: f"`python train_asker.py {flags[name]}` makes it" for name in flags
+                                if not trained[name]}
     return [row for row in ROWS if row in names and row not in lacking], lacking
 
 
 def train_end_to_end(args, folder):
-    """Train what the row end_to_end needs as the Asker of the run was trained, if that is still to do."""
+    """Train what the row end_to_end needs as the Asker of the run was trained."""
     about = art.read_about(folder / "asker", "train_asker.py")
     keys = ("limit", "seed", "bits", "lr", "rank", "batch_size", "accumulate", "max_length", "task_epochs", "epochs",
             "subquestions")
@@ -566,11 +578,11 @@ def main():
         used = run_stages(args, rows, dev, test)
         models = {name: {"model": model, "parameters": None if name == "llm" and args.base_url else
                          art.parameters(model)} for name, model in used.items()}
-        if "logprob_choice" in rows and not all("logprob" in columns(args.task, part)[2] for part in (dev, test)):
+        if "logprob_choice" in rows and not has_logprobs(dev + test):
             rows.remove("logprob_choice")
             lacking["logprob_choice"] = "the server gives no log-probabilities"
         made, takes, curves, sweeps = make_rows(args, rows, dev, test, models)
-        wrong = [not art.is_correct(args.task, r["candidates"]["initial"]["text"], r["answer"]) for r in test]
+        wrong = ~verdicts(args.task, test, "initial")
         results = {
             "task": args.task, "models": models, "n": len(test), "seed": args.seed, **art.provenance(),
             "data_sha256": art.data_hash(args.task, ["train", "dev", "test"], args.data),

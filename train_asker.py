@@ -117,7 +117,7 @@ def dev_figures(args, lm, folder, dev, drafts, shift):
     texts = [drafts[record["id"]]["text"] for record in dev]
     wrong = np.array([not drafts[record["id"]]["correct"] for record in dev])
     lm.add_adapter("asker", folder)
-    length = json.loads((args.runs / args.task / "samples.args.json").read_text())["max_new_tokens"]  # as the LLM has
+    length = json.loads(art.maker(args.runs / args.task / "samples.jsonl").read_text())["max_new_tokens"]  # the LLM's
     art.claim(folder / "dev.jsonl", {"adapter": art.adapter_hash(folder)})
     with lm.use("asker"):
         rows = art.stage(folder / "dev.jsonl", "ask dev", [record["id"] for record in dev],

@@ -1,5 +1,6 @@
 """What the README shows, run: the commands of its section on ablations, in their order, and a task of one's own."""
 
+import ast
 import json
 import shlex
 import subprocess
@@ -103,7 +104,7 @@ def test_task_of_your_own(tmp_path, monkeypatch, capsys):
              for n in range(1, 26)]
     (folder / "questions.csv").write_text("question,answer,steps\n" + "\n".join(lines) + "\n")
     subprocess.run([sys.executable, str(folder / "prepare.py")], check=True, capture_output=True)
-    monkeypatch.setitem(art.TASKS, *eval("{" + entry + "}").popitem())
+    monkeypatch.setitem(art.TASKS, *ast.literal_eval("{" + entry + "}").popitem())
     sizes = [len(art.load_task("quiz", split, data=tmp_path / "data")) for split in ("train", "dev", "test")]
     assert sizes == [16, 4, 5]
     for command in (["sample", "--k", "2"], ["subquestions"]):
