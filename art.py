@@ -29,7 +29,7 @@ import signal
 import subprocess
 import sys
 import threading
-import urllib.request
+import time
 import warnings
 from fractions import Fraction
 from importlib.metadata import version
@@ -129,25 +129,18 @@ def load_exemplars(task, shots, data=ROOT / "data"):
 
 def fetch(name, url, sha256, raw, files=None, hint=""):
     """Path of one raw data file, verified: the user's copy in `files`, or the one in `raw`, downloaded if need be."""
-    path = source = Path(files or raw) / name
+    path = Path(files or raw) / name
     if not path.is_file():
         if files:
             raise UserError(f"no file {path}; put it there, or leave out --files to download it{hint}")
-        source = path.with_name(name + ".part")  # its own name comes when verified: a broken download is never read
-        source.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with urllib.request.urlopen(url + name, timeout=60) as response, open(source, "wb") as file:
-                size = int(response.headers.get("Content-Length") or 0) or None
-                with tqdm(total=size, desc=name, unit="B", unit_scale=True) as bar:
-                    while chunk := response.read(1 << 16):
-                        bar.update(file.write(chunk))
-        except (OSError, http.client.HTTPException) as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:  # its own name comes when it is whole and verified
+            torch.hub.download_url_to_file(url + name, str(path), hash_prefix=sha256)
+        except (OSError, http.client.HTTPException, RuntimeError) as error:
             raise UserError(f"cannot download {url}{name} ({error}); try again, or give --files DIR") from error
-    if hashlib.sha256(source.read_bytes()).hexdigest() != sha256:
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         mend = f"replace it by {url}{name}" if files else "delete it and run again, or give a copy with --files DIR"
-        raise UserError(f"{source}: wrong checksum; {mend}")
-    if source != path:
-        source.replace(path)
+        raise UserError(f"{path}: wrong checksum; {mend}")
     return path
 
 
@@ -247,6 +240,11 @@ def to_lines(records):
 def write_jsonl(path, records):
     """Write a JSONL file whole or not at all."""
     write_text(path, to_lines(records))
+
+
+def write_json(path, value):
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1095,16 +1093,23 @@ class Truster:
 
     @torch.inference_mode()
     def score(self, records, texts, done=()):
-        """`texts[i]` is {name: text} for record i; yields batches of (i, [{name: score, ..., "prompt_tokens": n}])."""
-        rows = [self.tokenizer([trust_prompt(record, text) for text in several.values()])["input_ids"]
-                for record, several in zip(records, texts)]
+        """`texts[i]` is {name: text} for record i; yields batches of (i, [{name: score, ..., "prompt_tokens": n}]).
+
+        Equal texts are scored once; their tokens are counted for each.
+        """
+        different = [list(dict.fromkeys(several.values())) for several in texts]
+        rows = [self.tokenizer([trust_prompt(record, text) for text in several])["input_ids"]
+                for record, several in zip(records, different)]
         for batch in plan_batches([len(several) * max(map(len, several)) for several in rows], self.batch_tokens):
             if not all(index in done for index in batch):
                 flat = [row for i in batch for row in rows[i]]
                 ids, mask = left_pad(flat, self.tokenizer.pad_token_id, self.model.device)
-                scores = iter(score_batch(self.model, ids, mask).tolist())
-                yield [(i, [{**{name: next(scores) for name in texts[i]}, "prompt_tokens": sum(map(len, rows[i]))}])
-                       for i in batch]
+                scores, made = iter(score_batch(self.model, ids, mask).tolist()), []
+                for i in batch:
+                    score, length = dict(zip(different[i], scores)), dict(zip(different[i], map(len, rows[i])))
+                    made.append((i, [{**{name: score[text] for name, text in texts[i].items()},
+                                      "prompt_tokens": sum(length[text] for text in texts[i].values())}]))
+                yield made
 
 
 def score_batch(model, ids, mask):
@@ -1220,7 +1225,7 @@ LLM_KEYS = ["bits", "strategy", "facts", "shots", "chat", "max_new_tokens"]  # w
 
 def write_about(path, about):
     """What made an output, beside it. An adapter's args.json is written last: a folder with it is complete."""
-    write_text(path, json.dumps({**about, "provenance": provenance()}, indent=1) + "\n")
+    write_json(path, {**about, "provenance": provenance()})
 
 
 def maker(path):
@@ -1246,7 +1251,7 @@ def claim(path, made_by):
         old, new = ({"commit": made["commit"], **made["versions"]} for made in (makers[-1], now))
         others = "; ".join(f"{key} = {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key])
         print(f"warning: {path} was made with {others}: what is lacking is made with these", file=sys.stderr)
-        write_text(about, json.dumps({**before, "continued_by": [*makers[1:], now]}, indent=1) + "\n")
+        write_json(about, {**before, "continued_by": [*makers[1:], now]})
 
 
 def stage(path, label, ids, batches, per_id=1):
@@ -1298,7 +1303,7 @@ def add_lora(model, task_type, rank, start=None):
         model = PeftModel.from_pretrained(model, start, is_trainable=True)
     else:
         model = get_peft_model(model, LoraConfig(
-            task_type=task_type, r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear",
+            task_type=task_type, r=rank, lora_alpha=2 * rank, target_modules="all-linear",
             modules_to_save=["score"] if task_type == TaskType.SEQ_CLS else None))
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -1377,6 +1382,17 @@ class LossTrainer(transformers.Trainer):
         return self.loss(model, inputs)
 
 
+def peak_memory():
+    """Bytes that tensors took at most on the GPU, else that this process took; None where neither is known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def last_checkpoint(folder):
     """The last whole checkpoint in `folder`, or None: its trainer_state.json is written last, so it can be read."""
     whole = []
@@ -1404,7 +1420,7 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
         # every checkpoint falls on a logged step: StopOnNonFinite has seen what is kept
         logging_steps=math.gcd(10, args.save_steps), logging_nan_inf_filter=False, save_steps=args.save_steps,
         save_total_limit=1, report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda,
-        disable_tqdm=False, ddp_find_unused_parameters=False)
+        include_num_input_tokens_seen="non_padding", disable_tqdm=False, ddp_find_unused_parameters=False)
     settings._n_gpu = min(settings.n_gpu, 1)  # more cards through torchrun alone: DataParallel knows no 4-bit weights
     trainer = LossTrainer(model, settings, collate, examples, loss=loss,
                           callbacks=[StopOnNonFinite(), CountCheckpoints()])
@@ -1430,9 +1446,13 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
     if RANK == 0:
         model.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": trainer.state.global_step, "examples": len(examples), "loss": losses[-1] if losses else None,
-            "trainable_parameters": sum(weight.numel() for weight in trainable)}
+    state = trainer.state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    before = int(last.rpartition("-")[2]) if last else 0  # steps of an earlier start, which took as long each
+    seconds = state.log_history[-1]["train_runtime"] * state.global_step / max(1, state.global_step - before)
+    return {"steps": state.global_step, "examples": len(examples), "loss": losses[-1] if losses else None,
+            "trainable_parameters": sum(weight.numel() for weight in trainable),
+            "tokens": state.num_input_tokens_seen, "seconds": round(seconds, 1), "peak_memory": peak_memory()}
 
 
 def load_samples(args, records):
@@ -1620,7 +1640,7 @@ def fingerprint(args, model, keys):
 def sample(args):
     """Step 2 of the five: k predictions for every question of train and dev, and greedy drafts of dev (sample 0)."""
     train, dev = (load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
-    path = args.runs / args.task / "samples.jsonl"
+    path, began = args.runs / args.task / "samples.jsonl", time.time()
 
     @functools.cache
     def llm():
@@ -1637,6 +1657,10 @@ def sample(args):
         groups = rows("sample train", train, args.k, args.temperature)
         drafts = rows("draft dev", dev, 1, 0.0)
         rows("sample dev", dev, args.k, args.temperature, first=1)
+        if llm.cache_info().currsize:  # something was drawn
+            about = json.loads(maker(path).read_text())
+            seconds = round(about.get("seconds", 0) + time.time() - began, 1)
+            write_json(maker(path), {**about, "seconds": seconds, "peak_memory": peak_memory()})
     made = [row for group in groups.values() for row in group]
     both = sum(len({row["correct"] for row in group}) == 2 for group in groups.values())
     show_record({"question": train[0]["question"], "gold": train[0]["answer"], **{

@@ -5,7 +5,7 @@
 
 Goes stage by stage over dev and test, one large model in memory at a time; a stage that is on disk is not made again.
 Every threshold is set on dev, to maximise there the accuracy of the row that uses it. Writes to runs/<task>/<run>/:
-results.json, table.md, results.png (where matplotlib is installed), records.jsonl and flips.txt.
+results.json, table.md, costs.md, results.png (where matplotlib is installed), records.jsonl and flips.txt.
 """
 
 import argparse
@@ -54,6 +54,9 @@ NEEDS = (  # the stages that a decider, a candidate and a chooser need beside th
     {"truster": ["trust"], "self": ["trust_self"]})
 ADAPTED = {"asker": {"ask"}, "truster": {"trust", "trust_samples"},  # the stages that an adapter makes
            "finetuned": {"finetuned"}, "end_to_end": {"end_to_end"}}
+LEARNS_FROM = {"finetuned": [], "asker": ["samples", "finetuned"], "truster": ["samples"],  # what is made before it
+               "end_to_end": ["samples", "finetuned"]}
+COMPUTED = "fine-tuning a 70 B model (computed)"
 PLACES = {"ask": ("ask", "asker"), "ask_self": ("ask", "self"), "trust": ("trust", "truster"),  # in the record
           "trust_self": ("trust", "self"), "trust_samples": ("trust", "samples")}
 
@@ -285,7 +288,7 @@ def add_curve(args, row, test, models, budget):
         price = cost(row, test, np.ones(len(test), bool), models)
         curve.append({"k": k, "accuracy": float(right.mean()), "ci95": wilson(int(right.sum()), len(test)),
                       "cost": price})
-        if not chosen and (k == max(CURVE_K) or budget and total(price) >= budget):
+        if not chosen and (k == max(CURVE_K) or budget and total(price, unit_of(models)) >= budget):
             chosen = k, [record["candidates"][row] for record in test]
     for record, candidate in zip(test, chosen[1]):
         record["candidates"][row] = candidate
@@ -323,10 +326,72 @@ def cost(row, records, refine, models):
             for name, (a, b) in used.items() if a + b}
 
 
-def total(price):
-    """What a row costs in all: operations, or tokens where the size of a model is not known."""
-    known = all(part["flops"] is not None for part in price.values())
-    return sum(part["flops"] if known else part["prompt_tokens"] + part["tokens"] for part in price.values())
+def unit_of(models):
+    """What a cost is told in: operations, or tokens where the size of the LLM is not known."""
+    return "flops" if models["llm"]["parameters"] else "tokens"
+
+
+def total(price, unit):
+    """The sum of {model: its part of a cost}, in "flops" or "tokens", those of the prompt included."""
+    return sum(part[unit] if unit == "flops" else part["tokens"] + part.get("prompt_tokens", 0)
+               for part in price.values())
+
+
+def training_costs(args, models):
+    """What drawing the samples and each training took: {"samples" or adapter: {"model", "tokens", "flops", ...}}.
+
+    Operations: 2 for a parameter and a token that is read or written; 4 in QLoRA, forward and back through frozen
+    weights; 6 where all weights are trained. The last entry is computed, no run: 70 B parameters fine-tuned on what the
+    Asker's first stage read, at its operations a second.
+    """
+    path, folder = args.runs / args.task / "samples.jsonl", args.adapters or args.runs / args.task / args.run
+    samples = art.read_jsonl(path)
+    prompts = samples if args.base_url else {row["id"]: row for row in samples}.values()  # read once for all samples
+    costs = {"samples": {
+        **json.loads(art.maker(path).read_text()), **models["llm"], "trainable_parameters": 0, "examples": len(samples),
+        "tokens": sum(row["tokens"] for row in samples) + sum(row["prompt_tokens"] for row in prompts)}}
+    for name in LEARNS_FROM:
+        if (folder / name / "args.json").is_file():
+            about = json.loads((folder / name / "args.json").read_text())
+            if "tokens" in about:
+                costs[name] = {**about, "parameters": art.parameters(about["model"])}
+    keys = ("model", "parameters", "trainable_parameters", "examples", "tokens", "seconds", "peak_memory")
+    costs = {name: {key: about.get(key) for key in keys} for name, about in costs.items()}
+    for name, part in costs.items():
+        part["flops"] = part["parameters"] and (2 if name == "samples" else 4) * part["parameters"] * part["tokens"]
+    if "finetuned" in costs:
+        own, size = costs["finetuned"], int(70e9)
+        flops = 6 * size * own["tokens"]
+        costs[COMPUTED] = {**own, "model": "70 B", "parameters": size, "trainable_parameters": size, "flops": flops,
+                           "seconds": own["seconds"] * flops / own["flops"], "peak_memory": None}
+    return costs
+
+
+def total_cost(row, results, price):
+    """What it takes to train what a row needs and to answer all test questions at `price` a question."""
+    stages = {stage for names, step in zip(NEEDS, ROWS[row]) for stage in names.get(step, ())}
+    adapters = {name for name in ADAPTED if ADAPTED[name] & stages}
+    needed = adapters.union(*(LEARNS_FROM[name] for name in adapters)) & results["training"].keys()
+    unit = unit_of(results["models"])
+    return total({name: results["training"][name] for name in needed}, unit) + results["n"] * total(price, unit)
+
+
+def cost_table(results, price=None):
+    """Samples and trainings as a Markdown table; `price` of an hour adds the money."""
+    head = ["what", "model", "parameters", "trained", "examples", "tokens", "seconds", "peak GiB", "operations"]
+    lines = [f"| {' | '.join(head + ['money'] * bool(price))} |", "| --- " * (len(head) + bool(price)) + "|"]
+    for name, part in results["training"].items():
+        cells = [name, part["model"], *(art.show(part[key], ",") for key in (
+            "parameters", "trainable_parameters", "examples", "tokens")), art.show(part["seconds"], ",.0f"),
+            art.show(part["peak_memory"] and part["peak_memory"] / 2**30, ".1f"), art.show(part["flops"], ".1e")]
+        if price:
+            cells.append(art.show(part["seconds"] and part["seconds"] / 3600 * price, ",.2f"))
+        lines.append(f"| {' | '.join(cells)} |")
+    seconds, peak = results["seconds"], results["peak_memory"]
+    lines += ["", f"evaluate.py took {seconds:,.0f} s" + (f", {peak / 2**30:.1f} GiB at most" if peak else "") + (
+        f", {seconds / 3600 * price:,.2f} of money" if price else "") + "; tokens and operations of each row are in "
+        "results.json. Seconds and GiB are of this machine."]
+    return "\n".join(lines) + "\n"
 
 
 def make_rows(args, rows, dev, test, models):
@@ -340,7 +405,7 @@ def make_rows(args, rows, dev, test, models):
     for row in sorted(rows, key=lambda row: row in CURVES):  # these need to know what `art` costs
         decides, candidate, _ = ROWS[row]
         if row in CURVES:
-            budget = total(cost("art", test, decided["art"][0], models)) if "art" in decided else None
+            budget = total(cost("art", test, decided["art"][0], models), unit_of(models)) if "art" in decided else None
             k[row], curves[row] = add_curve(args, row, test, models, budget)
             right[candidate] = verdicts(args.task, test, candidate)
         thresholds[row] = set_threshold(row, *on_dev)
@@ -437,7 +502,7 @@ def picture(results, path):
     middle = np.array([row["accuracy"] for row in rows.values()])
     ends = np.abs(np.array([row["ci95"] for row in rows.values()]).T - middle)
     colours = ["0.7" if row.startswith("oracle") else "C1" if row == "art" else "C0" for row in rows]
-    figure, (bars, gate, price) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure, (bars, gate, cost) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     bars.barh(list(rows), 100 * middle, xerr=100 * ends, color=colours, capsize=2)
     bars.invert_yaxis()
     bars.set_xlabel(f"accuracy in % ({results['task']}, {results['n']} questions, 95% intervals; grey: upper bounds)")
@@ -450,15 +515,20 @@ def picture(results, path):
                   label="refining at random")
     gate.set(xlabel="share refined in % (dot: the threshold from dev)", ylabel="accuracy in %")
     for name, points in results["curves"].items():
-        price.plot([total(point["cost"]) for point in points], [100 * point["accuracy"] for point in points], ".-",
-                   label=f"{name}, k = 1 to {points[-1]['k']}")
-    for name in ("initial", "self_refine", "asker", "art"):
-        if name in rows:
-            price.plot(total(rows[name]["cost"]), 100 * rows[name]["accuracy"], "o", label=name)
-    price.set(xlabel="floating-point operations a question", ylabel="accuracy in %")
-    for axes in (gate, price):
+        cost.plot([total_cost(name, results, point["cost"]) for point in points],
+                  [100 * point["accuracy"] for point in points], ".-", label=f"{name}, k = 1 to {points[-1]['k']}")
+    for name, row in rows.items():
+        if row["flips"] and name not in results["curves"] and not name.startswith("oracle"):
+            low, high = row["ci95"]
+            cost.errorbar(total_cost(name, results, row["cost"]), 100 * row["accuracy"], fmt="o", capsize=2, label=name,
+                          yerr=[[100 * (row["accuracy"] - low)], [100 * (high - row["accuracy"])]])
+    if COMPUTED in results["training"]:
+        cost.axvline(results["training"][COMPUTED]["flops"], color="0.6", linestyle="--", label=COMPUTED)
+    unit = "floating-point operations" if unit_of(results["models"]) == "flops" else "tokens"
+    cost.set(xscale="log", xlabel=f"{unit}: training and all test questions", ylabel="accuracy in %")
+    for axes in (gate, cost):
         if axes.get_legend_handles_labels()[0]:  # not all rows may have been asked for
-            axes.legend()
+            axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -566,6 +636,7 @@ def main():
         help="take Asker, Truster and finetuned from this run, also of another task (the run itself)")
     add("--summary", nargs="+", metavar="RUN", help="only print these finished runs side by side")
     add("--grid", nargs="+", metavar="RUN", help="only print the paper's grid over these finished runs or run folders")
+    add("--gpu-hour-price", type=float, help="what an hour of this machine costs; adds the money to costs.md (none)")
     args, began = art.parse(parser, "evaluate"), time.time()
     for names, show in ((args.summary, summary), (args.grid, grid)):
         if names:
@@ -586,14 +657,16 @@ def main():
         results = {
             "task": args.task, "models": models, "n": len(test), "seed": args.seed, **art.provenance(),
             "data_sha256": art.data_hash(args.task, ["train", "dev", "test"], args.data),
-            "seconds": round(time.time() - began, 1),
+            "seconds": round(time.time() - began, 1), "peak_memory": art.peak_memory(),
+            "training": training_costs(args, models),
             "decision": {name: {"auc": art.auc([r["ask"][name]["p_refine"] for r in test], wrong)}
                          for name in test[0].get("ask", ())},
             "rows": list(made.values()), "not_available": lacking, "curves": curves, "sweeps": sweeps}
         path = folder / "results.json"
         before = json.loads(path.read_text()) if path.is_file() else {}
         if all(before.get(key) == results[key] for key in ("task", "models", "n", "data_sha256", "rows")):
-            results |= {key: before[key] for key in ("commit", "versions", "seconds")}  # of the run that made them
+            made_by = ("commit", "versions", "seconds", "peak_memory")
+            results |= {key: before[key] for key in made_by if key in before}
         if "art" in takes:
             for record, taken in zip(test, takes["art"]):
                 record["final"] = record["candidates"]["refined" if taken else "initial"]["answer"]
@@ -602,9 +675,10 @@ def main():
             (folder / "flips.txt").unlink(missing_ok=True)  # of other rows
         art.write_jsonl(folder / "records.jsonl", test)
         art.write_text(folder / "table.md", table(results) + paper(results))
+        art.write_text(folder / "costs.md", cost_table(results, args.gpu_hour_price))
         picture(results, folder / "results.png")
-        art.write_text(path, json.dumps(results, indent=1) + "\n")
-    print(table(results) + paper(results))
+        art.write_json(path, results)
+    print("\n".join([table(results) + paper(results), cost_table(results, args.gpu_hour_price)]))
     written = [path.name for path in folder.glob("[a-z]*.*")]
     print(f"{folder}: {', '.join(sorted(written))} ({results['seconds']:.0f} s)")
 

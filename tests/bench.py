@@ -18,7 +18,6 @@ import copy
 import functools
 import importlib.util
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import peft
 import torch
 import transformers
 
@@ -87,11 +87,7 @@ def turn(name, flags=()):
 
 def report(result):
     """The last line that a turn prints: what it measured, with its peak memory."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({**result, "peak": peak}))
+    print(json.dumps({**result, "peak": art.peak_memory()}))
 
 
 def spread(values, form=".1f"):
@@ -183,14 +179,30 @@ def plain_generate(lm, prompts, prefix, max_new_tokens, stop, k, temperature, op
     return [[{key: value for key, value in one.items() if key != "row"} for one in several] for several in made]
 
 
+def generate_batch(lm, prompts, max_new_tokens=256, stop=None, k=1, temperature=0.0, seed=0, options=None, done=()):
+    """In place of `LM.generate`: transformers' continuous batching, which knows no stop at a text: it is cut behind."""
+    settings = transformers.GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0,
+        eos_token_id=list(lm.ends), pad_token_id=lm.tokenizer.pad_token_id, num_return_sequences=k)
+    made = []
+    for output in lm.model.generate_batch(prompts, generation_config=settings).values():
+        text = lm.tokenizer.decode(output.generated_tokens, skip_special_tokens=True)
+        match = stop.search(text) if stop else None
+        made.append({"text": (text[: match.end()] if match else text).strip(), "tokens": len(output.generated_tokens)})
+    yield [(index, made[index * k : index * k + k]) for index in range(len(prompts))]
+
+
 def generate_turn(args, name):
-    """Answers to the questions by the kit or by plain `generate`, in the same batches with the same stop."""
+    """Answers to the questions by the kit, plain `generate` in the same batches with the same stop, or another."""
     records = art.load_task(args.task, "test", args.limit, args.data)
     exemplars = art.load_exemplars(args.task, args.shots, args.data)
     lm = art.LM(args.model, args.bits, args.batch_tokens, args.chat)
-    if name == "plain generate":
-        art.LM._generate = plain_generate
+    if name != "kit":
         lm.model.set_attn_implementation("sdpa")
+        if name == "plain generate":
+            art.LM._generate = plain_generate
+        else:
+            art.LM.generate = generate_batch
     begin = clock()
     made = dict(pair for batch in art.predict(
         lm, args.task, records, exemplars, args.strategy, k=args.samples, temperature=0.7 if args.samples > 1 else 0.0,
@@ -200,7 +212,7 @@ def generate_turn(args, name):
     written = [[row["tokens"] for row in made[index]] for index in sorted(made)]
     result = {"seconds": seconds, "texts": texts,
               "note": f"{sum(map(sum, written))} tokens written, {sum(map(sum, written)) / seconds:.0f} a second"}
-    if name != "plain generate":
+    if name == "kit":
         shown = [(art.predict_prompt(e, args.strategy), art.solution_text(e["solution"], e["answer"], args.strategy))
                  for e in exemplars]
         prompts = [lm.render(art.predict_prompt(record, args.strategy), shown, art.INSTRUCTIONS[args.strategy])
@@ -220,7 +232,7 @@ def generate_turn(args, name):
 
 def generate(args):
     """Answers to questions behind the exemplars, greedy and then k samples each, against plain `generate`."""
-    names = ["kit", "plain generate"]
+    names = ["kit", "plain generate"] + ["generate_batch"] * torch.cuda.is_available()  # which is made for GPUs
     for samples in dict.fromkeys((1, args.k)):
         how = "greedy" if samples == 1 else f"{samples} samples each; plain: one call a sample"
         print(f"{args.limit} questions of {args.task}, {args.shots} exemplars, {args.bits} bits, at most "
@@ -293,7 +305,8 @@ def train_turn(args, name):
     if ask:
         decision_ids = {tokenizer(f"{art.DECISION} {word}", add_special_tokens=False)["input_ids"][-1]
                         for word in ("Yes", "No")}
-        examples, _ = train_asker.ask_examples(records, samples, tokenizer, decision_ids)
+        asked = {record["id"]: art.subquestions_of(record) for record in records}
+        examples, _ = train_asker.ask_examples(records, samples, asked, tokenizer, decision_ids)
         rows = [example["prompt"] + example["target"] for example in examples]
         scored = sum(len(example["target"]) for example in examples)
         model, task_type = art.load_base(model_name, args.bits), art.TaskType.CAUSAL_LM
@@ -479,7 +492,7 @@ def load_random(shape, load_base=art.load_base):
 
 
 def fit_turn(args, name):
-    """Three QLoRA steps of Asker or Truster, or two generation batches, of random tokens, all as long as allowed."""
+    """QLoRA steps of Asker or Truster, generation batches, or one question; random tokens, all as long as allowed."""
     art.load_base, base = load_random(args.shape), "data/toy/base"  # the bundled tokenizer will do
     draw, seconds = torch.Generator().manual_seed(0), []
 
@@ -496,6 +509,19 @@ def fit_turn(args, name):
             seconds.append(clock() - begin)
         return {"rate": sum(one["tokens"] for (one,) in made) / seconds[-1],
                 "note": f"{rows} rows, {args.max_new_tokens} new tokens behind {SHARED} shared and {own} of their own"}
+    if name == "solve":  # LLM and Asker share their weights, the Truster comes after them
+        begin, new = clock(), args.max_new_tokens
+        lm = art.LM(base, args.bits, chat="no")
+        lm.model = peft.get_peft_model(lm.model, peft.LoraConfig(r=args.rank, target_modules="all-linear")).eval()
+        for _ in range(3):  # predict, ask, refine
+            lm._generate([tokens(args.max_length)], [], new, None, 1, 0.0, None)
+        del lm
+        art.load_base = load_random(args.truster_shape)
+        truster = art.load_scorer(base, args.bits, args.seed)
+        with torch.inference_mode():
+            art.score_batch(truster, *art.left_pad([tokens(args.max_length)] * 2, 0, truster.device))
+        return {"rate": 3 * new / (clock() - begin), "note": f"one question: {args.shape} LLM and Asker, "
+                f"{args.truster_shape} Truster, {3 * new} tokens written, loading included"}
     sizes = {key: value for key, value in art.PRESETS[args.preset][f"train_{name}"].items()
              if getattr(args, key, "") is None}
     args = argparse.Namespace(**{**vars(args), **sizes, "accumulate": 1})
@@ -544,14 +570,14 @@ def fit_piece(args, name):
 
 
 def fit(args):
-    """Peak memory of a QLoRA step of Asker and Truster and of a generation batch, on a card cut down to --memory."""
+    """Peak memory of QLoRA steps, a generation batch and one question through all four, on a card cut to --memory."""
     if not torch.cuda.is_available():
         print("no GPU is present: whether it fits is not measured")
         return
     print(f"{torch.cuda.get_device_name()}, cut down to {args.memory} GiB; {args.shape} Llama with random weights, "
           f"sizes of --preset {args.preset}\n")
     head("piece", "fits", "tensors, peak GiB", "reserved", "device, all in all", "tokens a second", "")
-    for name in ("asker", "truster", "generate"):
+    for name in ("asker", "truster", "generate", "solve"):
         made = turn(name)
         peaks = " | ".join(f"{made[key] / 2**30:.2f}" for key in ("peak", "reserved", "device"))
         fits = made["fits"] and made["device"] <= args.memory * 2**30
@@ -574,6 +600,7 @@ def main():
         one.add_argument("--k", type=int, help="samples a question (generate: 4, truster: 8, fit: preset)")
         one.add_argument("--rounds", type=int, default=3, help="turns of each contestant (3)")
         one.add_argument("--shape", default="7b", choices=SHAPES, help="of the model that shall fit (7b)")
+        one.add_argument("--truster-shape", default="13b", choices=SHAPES, help="of the Truster of one question (13b)")
         one.add_argument("--memory", type=float, default=16, help="GiB of the card it shall fit on (16)")
         one.add_argument("--only", help=argparse.SUPPRESS)
         one.add_argument("--samples", type=int, default=1, help=argparse.SUPPRESS)

@@ -7,6 +7,7 @@ import weakref
 import bench
 import pytest
 import torch
+import transformers
 from test_steps import prompts_of, run
 
 import art
@@ -28,8 +29,30 @@ def test_plain_generate_does_the_same(lm, monkeypatch):
     assert len(run(lm, prompts, k=3, temperature=1.0, max_new_tokens=4)[0]) == 3
 
 
+def test_continuous_batching_does_the_same(monkeypatch):
+    lm = art.LM("data/toy/base", 32)
+    prompts, stop = prompts_of(lm, 3), art.answer_stop("toy", False)
+    kit = run(lm, prompts, stop=stop, max_new_tokens=48)
+    lm.model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(art.LM, "generate", bench.generate_batch)
+    assert [kit[i][0]["text"] for i in range(3)] == [run(lm, prompts, stop=stop, max_new_tokens=48)[i][0]["text"]
+                                                     for i in range(3)]
+
+
+@pytest.mark.parametrize("table, name", [("asker", "kit"), ("asker", "plain Trainer"), ("truster", "kit")])
+def test_training_turns(kit, monkeypatch, table, name):
+    """A turn of a contestant trains on the examples and says what it measured."""
+    monkeypatch.setattr(transformers.Trainer, "train", transformers.Trainer.train)  # put back afterwards
+    monkeypatch.setattr(art, "LossTrainer", art.LossTrainer)
+    sizes = {"table": table, "asker_model": "data/toy/base", "truster_model": "data/toy/base", "task": "toy",
+             "data": kit.data, "limit": 4, "k": 2, "bits": 4, "batch_size": 2, "accumulate": 1, "rank": 4, "lr": 1e-3,
+             "seed": 0, "save_steps": 9, "report_to": "none", "max_length": 512}
+    made = bench.train_turn(argparse.Namespace(**sizes), name)
+    assert made["seconds"] > 0 and made["operations"] > 0 and made["note"].startswith(("2 steps", "1 steps"))
+
+
 def test_random_model_of_a_shape(monkeypatch):
-    """Built through the kit's own 4-bit loading, one weight in memory at a time; all three pieces run."""
+    """Built through the kit's own 4-bit loading, one weight in memory at a time; all four pieces run."""
     monkeypatch.setattr(art, "load_base", art.load_base)  # put back afterwards
     made, alive, make = [], [], bench.RandomWeight.__getitem__
 
@@ -45,8 +68,9 @@ def test_random_model_of_a_shape(monkeypatch):
     assert len(made) == 6 and max(alive) == 1
     assert type(model.model.layers[1].mlp.up_proj).__name__ == "Linear4bit" and model.lm_head.weight.std() > 0
     sizes = {"shape": "tiny", "bits": 4, "preset": "toy", "batch_size": 2, "accumulate": 1, "max_length": 32, "k": 2,
-             "max_new_tokens": 4, "batch_tokens": 64, "rank": 4, "lr": 1e-3, "seed": 0, "save_steps": 9}
-    for name in ("asker", "truster", "generate"):
+             "max_new_tokens": 4, "batch_tokens": 64, "rank": 4, "lr": 1e-3, "seed": 0, "save_steps": 9,
+             "truster_shape": "tiny"}
+    for name in ("asker", "truster", "generate", "solve"):
         result = bench.fit_turn(argparse.Namespace(**sizes, report_to="none"), name)
         assert result["rate"] > 0 and result["note"]
 

@@ -124,12 +124,12 @@ def test_curve_is_read_off_at_the_cost_of_art():
     models = {"llm": {"parameters": 1}, "truster": {"parameters": 1}}
     k, curve = evaluate.add_curve(args, "majority", test, models, 2 * 75)  # 50 + 3 x 10 is the first that is not below
     assert k == 3 and [point["accuracy"] for point in curve] == [0, 0, 1, 1, 0]
-    assert evaluate.total(curve[2]["cost"]) == 2 * 80 and test[0]["candidates"]["majority"]["answer"] == "4"
+    assert evaluate.total(curve[2]["cost"], "flops") == 2 * 80 and test[0]["candidates"]["majority"]["answer"] == "4"
     k, curve = evaluate.add_curve(args, "best_of_k", test, models, None)
     args.base_url = "http://localhost"  # reads the prompt again for each sample
     price = evaluate.add_curve(args, "majority", test, models, None)[1][-1]["cost"]
-    assert evaluate.total(price) == 2 * 8 * (50 + 10)
-    assert k == 8 and evaluate.total(curve[-1]["cost"]) == 2 * (50 + 80 + 800) and curve[-1]["accuracy"] == 0
+    assert evaluate.total(price, "flops") == 2 * 8 * (50 + 10)
+    assert k == 8 and evaluate.total(curve[-1]["cost"], "flops") == 2 * (50 + 80 + 800) and curve[-1]["accuracy"] == 0
 
 
 def test_pair_losses_against_a_loop():

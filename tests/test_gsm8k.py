@@ -147,7 +147,7 @@ def test_download(prepare, files, tmp_path, monkeypatch):
     assert splits(tmp_path / "a" / "gsm8k") == splits(tmp_path / "b" / "gsm8k")
     raw = tmp_path / "a" / "gsm8k" / "raw"
     assert sorted(path.name for path in raw.iterdir()) == sorted(prepare.SHA256)
-    monkeypatch.setattr(art.urllib.request, "urlopen", None)  # what is there is not fetched again
+    monkeypatch.setattr(art.torch.hub, "download_url_to_file", None)  # what is there is not fetched again
     prepare.main(["--out", str(tmp_path / "a")])
     (raw / "test.jsonl").write_text("cut")
     with pytest.raises(art.UserError, match="test.jsonl: wrong checksum; delete it"):
@@ -157,6 +157,6 @@ def test_download(prepare, files, tmp_path, monkeypatch):
 def test_broken_download(prepare, files, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "URL", files.as_uri() + "/")
     (files / "test_socratic.jsonl").write_text("<html>not found</html>")
-    with pytest.raises(art.UserError, match="wrong checksum.*--files"):
+    with pytest.raises(art.UserError, match="invalid hash value.*--files"):
         prepare.main(["--out", str(tmp_path)])
     assert not (tmp_path / "gsm8k" / "raw" / "test_socratic.jsonl").exists()

@@ -138,16 +138,13 @@ def test_other_versions_are_said_and_recorded(kit, tmp_path, monkeypatch, capsys
 
 
 def train(folder, loss, save_steps):
-    """A small Truster without dropout, 20 questions in batches of 6, two passes; (figures, its weights)."""
+    """A small Truster, 20 questions in batches of 6, two passes; (figures, its weights)."""
     tokenizer = art.load_tokenizer("data/toy/base")
     records = [{"id": str(i), "question": f"Ann has {i} pens. How many?"} for i in range(20)]
     samples = {str(i): [{"text": f"#### {i}", "correct": True}, {"text": f"#### {i + 1}", "correct": False}]
                for i in range(20)}
     groups = train_truster.contrast(records, samples, tokenizer)
     model = art.add_lora(art.load_scorer("data/toy/base", 32, 0), art.TaskType.SEQ_CLS, 4)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     args = Namespace(bits=32, batch_size=6, accumulate=1, lr=1e-2, seed=0, save_steps=save_steps, report_to="none")
     trained = art.fine_tune(model, groups, train_truster.make_collate(tokenizer.pad_token_id), loss, args, folder, 2)
     return trained, {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -157,7 +154,7 @@ def train(folder, loss, save_steps):
 def test_training_out_of_memory(tmp_path, capsys, save_steps):
     """Batches of more than 2 fail from a step on, with and without a checkpoint by then: the steps remain the same.
 
-    The loss is a mean over questions, and there is no dropout: a step must give the loss it gives with enough memory.
+    The loss is a mean over questions: a step must give the loss it gives with enough memory.
     """
     def short(most, calls):
         def loss(model, inputs):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import art
 import evaluate
+import train_asker
 
 LOAD_AND_SCORE = """
 import sys, torch, art
@@ -77,6 +78,34 @@ def test_costs_follow_the_records(kit):
     assert cost["tokens"] == 0 and cost["flops"] == pytest.approx(2 * parameters * cost["prompt_tokens"])
 
 
+def test_training_costs(kit):
+    """Tokens and operations of what came before the table, counted again; and the price of an hour."""
+    folder = kit.runs / "toy/default"
+    results = json.loads((folder / "results.json").read_text())
+    costs, parameters = results["training"], art.parameters("data/toy/base")
+    samples = art.read_jsonl(kit.runs / "toy/samples.jsonl")
+    prompts = {row["id"]: row["prompt_tokens"] for row in samples}
+    tokens = sum(row["tokens"] for row in samples) + sum(prompts.values())
+    assert costs["samples"]["tokens"] == tokens and costs["samples"]["flops"] == 2 * parameters * tokens
+    tokenizer = art.load_tokenizer("data/toy/base")
+    train = art.load_task("toy", "train", data=kit.data)
+    read = sum(len(example["prompt"]) + len(example["target"])
+               for example in train_asker.task_examples(train, tokenizer, "decomp"))
+    assert costs["finetuned"]["tokens"] == read and costs["finetuned"]["flops"] == 4 * parameters * read
+    assert costs["finetuned"]["examples"] == 40 and 0 < costs["finetuned"]["trainable_parameters"] < parameters
+    large = costs[evaluate.COMPUTED]
+    assert large["flops"] == 6 * 70e9 * read
+    assert large["seconds"] / costs["finetuned"]["seconds"] == pytest.approx(large["flops"] / (4 * parameters * read))
+    spent = {row["row"]: evaluate.total_cost(row["row"], results, row["cost"]) for row in results["rows"]}
+    answering = results["n"] * evaluate.total(results["rows"][0]["cost"], "flops")
+    assert spent["initial"] == pytest.approx(answering)
+    trained = sum(costs[name]["flops"] for name in ("samples", "finetuned", "asker", "truster"))
+    assert spent["art"] > trained + answering and spent["art"] > spent["asker"] > spent["finetuned"]
+    assert (folder / "costs.md").read_text() == evaluate.cost_table(results)
+    hours = evaluate.cost_table({**results, "training": {"asker": {**costs["asker"], "seconds": 1800}}}, 5)
+    assert hours.splitlines()[2].endswith("| 2.50 |")
+
+
 def test_summary(kit, monkeypatch, capsys):
     flags = ["--data", kit.data, "--runs", kit.runs, "--summary", "default"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "default"])
@@ -97,7 +126,8 @@ def test_second_run_redoes_nothing(kit, monkeypatch, capsys):
     before = kit.files()
     results = kit.runs / "toy/default"
     rows = json.loads((results / "results.json").read_text())["rows"]
-    derived = {results / name for name in ("results.json", "records.jsonl", "flips.txt", "table.md", "results.png")}
+    names = ("results.json", "records.jsonl", "flips.txt", "table.md", "costs.md", "results.png")
+    derived = {results / name for name in names}
     for script in TINY:
         kit.here(monkeypatch, script)
         assert "%|" not in capsys.readouterr().err
@@ -268,24 +298,14 @@ def test_second_process_is_refused(monkeypatch, capsys, copy):
 
 
 
-WITHOUT_DROPOUT = """
-import art, train_asker
-config = art.LoraConfig
-art.LoraConfig = lambda **settings: config(**{**settings, "lora_dropout": 0.0})
-art.run(train_asker.main)
-"""
-
-
-def test_two_processes_train_like_one(kit, copy, tmp_path):
+def test_two_processes_train_like_one(copy):
     """Under torchrun, the same loss as one process with twice the accumulation; one process alone prints and writes."""
     folder, flags = copy
-    (tmp_path / "train.py").write_text(WITHOUT_DROPOUT)  # each process draws its own
-    flags = [tmp_path / "train.py", *flags,
-             "--limit", "20", "--batch-size", "1", "--task-epochs", "1", "--epochs", "0.1"]
+    flags = [ROOT / "train_asker.py", *flags, "--limit", "20", "--batch-size", "1", "--task-epochs", "1", "--epochs", "0.1"]
     launch, about = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"], {}
     for run, before, after in (("two", launch, ["1"]), ("one", [], ["2"])):
         command = [sys.executable, *before, *flags, "--run", run, "--accumulate", *after]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         about[run] = json.loads((folder / f"runs/toy/{run}/finetuned/args.json").read_text())

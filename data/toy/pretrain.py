@@ -1,6 +1,6 @@
 """Pretrain the bundled base model of the toy task: a Llama of 1.9 M parameters and its tokenizer, into data/toy/base.
 
-    python data/toy/pretrain.py                 # resumes from its last checkpoint; 25 minutes on two CPU cores
+    python data/toy/pretrain.py                 # 25 minutes on two CPU cores
 
 The text imitates writers who read with different care. In plain answers, self-checks and plain revisions they are
 *careless*: each trap of a problem catches them with probability 0.6. Who writes sub-questions out before answering, or
@@ -99,7 +99,7 @@ def make_tokenizer(texts):
 
 
 def batch(tokenizer, seed, step, rows, length):
-    """(rows, length) token ids; each row begins with a document. Follows from seed and step alone, for resuming."""
+    """(rows, length) token ids; each row begins with a document. Follows from seed and step alone."""
     rng, lines = random.Random(f"pretrain {seed} {step}"), []
     for _ in range(rows):
         line = []
@@ -126,21 +126,11 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 100) * max(0, 1 - step / args.steps))
-    checkpoint, log, losses, start = args.out / "checkpoint.pt", args.out / "loss.jsonl", [], 0
     args.out.mkdir(parents=True, exist_ok=True)
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["args"] != [args.steps, args.lr, args.seed]:
-            sys.exit(f"{checkpoint} was made with other arguments {state['args']}: delete it or name another --out")
-        model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start = state["step"]
-        lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
-    else:
-        log.write_text("")
+    log, losses = args.out / "loss.jsonl", []
+    log.write_text("")
     began = time.time()
-    for step in range(start, args.steps):
+    for step in range(args.steps):
         rows = batch(tokenizer, args.seed, step, 8, 256)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=rows, labels=rows, use_cache=False).loss
@@ -157,12 +147,8 @@ def main():
             with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             print(entry, flush=True)
-            torch.save({"args": [args.steps, args.lr, args.seed], "step": step + 1, "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, f"{checkpoint}.new")
-            Path(f"{checkpoint}.new").replace(checkpoint)
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    checkpoint.unlink()
     print(f"{args.out}: {model.num_parameters():,} parameters")
 
 
