@@ -301,7 +301,8 @@ def test_second_process_is_refused(monkeypatch, capsys, copy):
 def test_two_processes_train_like_one(copy):
     """Under torchrun, the same loss as one process with twice the accumulation; one process alone prints and writes."""
     folder, flags = copy
-    flags = [ROOT / "train_asker.py", *flags, "--limit", "20", "--batch-size", "1", "--task-epochs", "1", "--epochs", "0.1"]
+    flags = [ROOT / "train_asker.py", *flags, "--limit", "20", "--batch-size", "1", "--task-epochs", "1",
+             "--epochs", "0.1"]
     launch, about = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"], {}
     for run, before, after in (("two", launch, ["1"]), ("one", [], ["2"])):
         command = [sys.executable, *before, *flags, "--run", run, "--accumulate", *after]
