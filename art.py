@@ -608,7 +608,11 @@ class LM:
     def __init__(self, name, bits=4, batch_tokens=16384, chat="auto"):
         self.name, self.bits, self.batch_tokens = name, bits, batch_tokens
         self.tokenizer = load_tokenizer(name)
-        self.model = load_base(name, bits, attn_implementation="shared_prefix")
+        self.model = load_base(name, bits)
+        self._shares = (self.model.is_backend_compatible() and self.model.config._attn_implementation == "sdpa"
+                        and not getattr(self.model.config, "sliding_window", None))
+        if self._shares:
+            self.model.set_attn_implementation("shared_prefix")
         self.chat = chat == "yes" or (chat == "auto" and bool(self.tokenizer.chat_template))
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
@@ -686,7 +690,7 @@ class LM:
     def plan(self, prompts, max_new_tokens, k):
         """(what all prompts share, as token ids; batches of indices whose rows without it keep `batch_tokens`)."""
         prefix = os.path.commonprefix(prompts)[: min(map(len, prompts), default=1) - 1]
-        if len(prefix) < 32 or len(prompts) == 1 or getattr(self.model.config, "sliding_window", None):
+        if len(prefix) < 32 or len(prompts) == 1 or not self._shares:
             prefix = []
         return prefix, plan_batches([(len(ids) - len(prefix) + max_new_tokens) * k for ids in prompts],
                                     self.batch_tokens)
@@ -1100,7 +1104,8 @@ class Truster:
         different = [list(dict.fromkeys(several.values())) for several in texts]
         rows = [self.tokenizer([trust_prompt(record, text) for text in several])["input_ids"]
                 for record, several in zip(records, different)]
-        for batch in plan_batches([len(several) * max(map(len, several)) for several in rows], self.batch_tokens):
+        most = max(map(len, rows), default=0)
+        for batch in plan_batches([most * max(map(len, several)) for several in rows], self.batch_tokens):
             if not all(index in done for index in batch):
                 flat = [row for i in batch for row in rows[i]]
                 ids, mask = left_pad(flat, self.tokenizer.pad_token_id, self.model.device)
@@ -1125,7 +1130,7 @@ class Shelf:
     """The models of a run, one in memory at a time; the LLM and what is fine-tuned from the same base are one model."""
 
     def __init__(self, args):
-        self.args, self._held = args, {}
+        self.args, self._model, self._key = args, None, None
         self.folder = getattr(args, "adapters", None) or args.runs / args.task / args.run
 
     def about(self, name):
@@ -1136,29 +1141,28 @@ class Shelf:
         """The LLM ("llm"), the Truster, or the model that carries an adapter, for `with shelf.get(name).use(name):`."""
         if name == "llm" and self.args.base_url:
             return load_llm(self.args)  # takes no memory here
-        args, role = self.args, name if name in ("llm", "truster") else "asker"
-        about = self.about(name) if name != "llm" else {"model": args.model, "bits": args.bits}
-        if role not in self._held:
-            llm = self._held.get("llm") if role == "asker" else None
-            if llm and name in llm.adapters:
-                self._held[role] = llm
+        args = self.args
+        about = {"model": args.model, "bits": args.bits} if name == "llm" else self.about(name)
+        key = name == "truster", find_model(about["model"]), about["bits"]
+        if key != self._key:
+            self._model = self._key = None
+            gc.collect()
+            if name == "truster":
+                self._model = Truster(self.folder / name, args.batch_tokens)
             else:
-                llm = self._held.clear()
-                gc.collect()
-                self._held[role] = Truster(self.folder / name, args.batch_tokens) if role == "truster" else LM(
-                    about["model"], about["bits"], args.batch_tokens, args.chat if role == "llm" else "no")
-                if role != "truster":
-                    self._add_adapters(self._held[role], about)
-        return self._held[role]
+                self._model = LM(about["model"], about["bits"], args.batch_tokens, args.chat)
+                self._add_adapters(key)
+            self._key = key
+        return self._model
 
-    def _add_adapters(self, lm, about):
+    def _add_adapters(self, key):
         """What there is for this base. All at once and before its first pass: bitsandbytes packs the 4-bit weights anew
         then on some CPUs, and loading an adapter after that would round them once more."""
         for name in ("asker", "finetuned", "end_to_end"):
             if (self.folder / name / "args.json").is_file():
-                other = self.about(name)
-                if (find_model(other["model"]), other["bits"]) == (find_model(about["model"]), about["bits"]):
-                    lm.add_adapter(name, self.folder / name)
+                about = self.about(name)
+                if (False, find_model(about["model"]), about["bits"]) == key:
+                    self._model.add_adapter(name, self.folder / name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1188,14 +1192,8 @@ def parameters(name):
 
 
 def data_hash(task, splits=("train", "dev"), data=ROOT / "data"):
-    """SHA-256 over splits of a task, shortened."""
-    digest = hashlib.sha256()
-    for split in splits:
-        path = Path(data) / task / f"{split}.jsonl"
-        if not path.is_file():
-            raise UserError(f"{path} is missing; make it with: python {TASKS[task]['prepare']}")
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    """A hash over the records of splits of a task."""
+    return short_hash([load_task(task, split, data=data) for split in splits])
 
 
 def provenance():
@@ -1347,21 +1345,19 @@ class CountCheckpoints(transformers.TrainerCallback):
 class SortedSteps(torch.utils.data.Sampler):
     """Examples in random order, those of one optimiser step sorted by length: its batches then need little padding.
 
-    Which examples meet in a step stays random, so the loss does not go up and down with the length.
+    Which examples meet in a step stays random, so the loss does not go up and down with the length. `epoch` is a
+    function: under torchrun the Trainer's `set_epoch` does not get through to a sampler.
     """
 
-    def __init__(self, lengths, step, seed):
-        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def __init__(self, lengths, step, seed, epoch):
+        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, epoch
 
     def __len__(self):
         return len(self.lengths)
 
     def __iter__(self):
         order = list(range(len(self)))
-        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        random.Random(f"{self.seed} {self.epoch()}").shuffle(order)
         for start in range(0, len(order), self.step):
             yield from sorted(order[start : start + self.step], key=lambda index: -self.lengths[index])
 
@@ -1376,7 +1372,8 @@ class LossTrainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return SortedSteps(list(map(tokens_of, self.train_dataset)), step, self.args.seed)
+        return SortedSteps(list(map(tokens_of, self.train_dataset)), step, self.args.seed,
+                           epoch=lambda: int(self.state.epoch or 0))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.loss(model, inputs)
@@ -1405,9 +1402,14 @@ def last_checkpoint(folder):
 def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
     """Train the adapter of `model` on `examples`, going on from its last checkpoint; returns figures of it.
 
+    What is in `folder` when this returns is the trained adapter; `model` is not, where an earlier start had ended.
     `size` is --batch-size, smaller where memory ran out: as many more batches are added up, so that a step remains the
     same.
     """
+    finished = Path(folder) / "checkpoints/trained.json"
+    if finished.is_file():  # the Trainer would take another step after the last of a broken epoch
+        print(f"going on from {finished}")
+        return json.loads(finished.read_text())
     dtype, cuda, size = compute_dtype(args.bits), torch.cuda.is_available(), size or args.batch_size
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     fresh = [weight.detach().cpu().clone() for weight in trainable]
@@ -1445,24 +1447,28 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
         return fine_tune(model, examples, collate, loss, args, folder, epochs, half)
     if RANK == 0:
         model.save_pretrained(folder)
-    trainer.accelerator.wait_for_everyone()
     state = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     before = int(last.rpartition("-")[2]) if last else 0  # steps of an earlier start, which took as long each
     seconds = state.log_history[-1]["train_runtime"] * state.global_step / max(1, state.global_step - before)
-    return {"steps": state.global_step, "examples": len(examples), "loss": losses[-1] if losses else None,
-            "trainable_parameters": sum(weight.numel() for weight in trainable),
-            "tokens": state.num_input_tokens_seen, "seconds": round(seconds, 1), "peak_memory": peak_memory()}
+    figures = {"steps": state.global_step, "examples": len(examples), "loss": losses[-1] if losses else None,
+               "trainable_parameters": sum(weight.numel() for weight in trainable),
+               "tokens": state.num_input_tokens_seen, "seconds": round(seconds, 1), "peak_memory": peak_memory()}
+    write_json(finished, figures)
+    trainer.accelerator.wait_for_everyone()
+    return figures
 
 
 def load_samples(args, records):
     """({id: rows in order of "sample"}, hash of that) from `python art.py sample`, for all of `records`."""
     path, mend = args.runs / args.task / "samples.jsonl", f"make it with: python art.py sample --task {args.task}"
     samples = {}
+    if not maker(path).is_file():
+        raise UserError(f"{maker(path)}, which says what made the samples, is missing; {mend}")
     for row in read_jsonl(path, mend):
         samples.setdefault(row["id"], []).append(row)
     most = max(map(len, samples.values()), default=1)  # dev has one more than train, its greedy draft
-    if lacking := sum(len(samples.get(record["id"], ())) < most - 1 for record in records):
+    if lacking := sum(len(samples.get(record["id"], ())) < max(1, most - 1) for record in records):
         raise UserError(f"{path} lacks samples of {lacking} of {len(records)} questions: {mend} and the same --limit")
     samples = {record["id"]: sorted(samples[record["id"]], key=lambda row: row["sample"]) for record in records}
     return samples, short_hash(samples)

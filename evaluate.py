@@ -379,19 +379,20 @@ def total_cost(row, results, price):
 def cost_table(results, price=None):
     """Samples and trainings as a Markdown table; `price` of an hour adds the money."""
     head = ["what", "model", "parameters", "trained", "examples", "tokens", "seconds", "peak GiB", "operations"]
-    lines = [f"| {' | '.join(head + ['money'] * bool(price))} |", "| --- " * (len(head) + bool(price)) + "|"]
+    rows = []
     for name, part in results["training"].items():
-        cells = [name, part["model"], *(art.show(part[key], ",") for key in (
-            "parameters", "trainable_parameters", "examples", "tokens")), art.show(part["seconds"], ",.0f"),
-            art.show(part["peak_memory"] and part["peak_memory"] / 2**30, ".1f"), art.show(part["flops"], ".1e")]
+        counts = [art.show(part[key], ",") for key in ("parameters", "trainable_parameters", "examples", "tokens")]
+        peak = part["peak_memory"] and part["peak_memory"] / 2**30
+        rows.append([name, part["model"], *counts, art.show(part["seconds"], ",.0f"), art.show(peak, ".1f"),
+                     art.show(part["flops"], ".1e")])
         if price:
-            cells.append(art.show(part["seconds"] and part["seconds"] / 3600 * price, ",.2f"))
-        lines.append(f"| {' | '.join(cells)} |")
+            rows[-1].append(art.show(part["seconds"] and part["seconds"] / 3600 * price, ",.2f"))
     seconds, peak = results["seconds"], results["peak_memory"]
-    lines += ["", f"evaluate.py took {seconds:,.0f} s" + (f", {peak / 2**30:.1f} GiB at most" if peak else "") + (
-        f", {seconds / 3600 * price:,.2f} of money" if price else "") + "; tokens and operations of each row are in "
-        "results.json. Seconds and GiB are of this machine."]
-    return "\n".join(lines) + "\n"
+    took = f"{seconds:,.0f} s" + (f", {peak / 2**30:.1f} GiB at most" if peak else "")
+    took += f", {seconds / 3600 * price:,.2f} of money" if price else ""
+    return markdown(head + ["money"] * bool(price), rows) + (
+        f"\n\nevaluate.py took {took}; tokens and operations of each row are in results.json. Seconds and GiB are of "
+        "this machine; those of a start that was stopped before its end are missing.\n")
 
 
 def make_rows(args, rows, dev, test, models):
@@ -447,27 +448,31 @@ def make_rows(args, rows, dev, test, models):
     return results, {row: pair[1] for row, pair in decided.items()}, curves, sweeps
 
 
+def markdown(head, rows):
+    """A table; short rows are filled with empty cells."""
+    rows = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
 def table(results):
     """results.json as a Markdown table."""
-    lines = ["| row | accuracy (95%) | vs initial | p | vs self_refine | p | mended | broken | refined | same answer | "
-             "unparsed | cut off | tokens |", "| --- " * 13 + "|"]
+    head = ["row", "accuracy (95%)", "vs initial", "p", "vs self_refine", "p", "mended", "broken", "refined",
+            "same answer", "unparsed", "cut off", "tokens"]
+    rows = []
     for row in results["rows"]:
         low, high = row["ci95"]
-        versus = [f"{c['delta']:+.1%} | {c['p']:.2g}" if c else "- | -"
-                  for c in (row["vs_initial"], row["vs_self_refine"])]
-        flips = row["flips"] or {"wrong_right": "-", "right_wrong": "-"}
-        same = art.show(row["same_answer"], ".0%")
-        counts = ["-" if row[key] is None else str(row[key]) for key in ("unparsed", "cut_off")]
+        versus = [art.show(compared and compared[key], form) for compared in (row["vs_initial"], row["vs_self_refine"])
+                  for key, form in (("delta", "+.1%"), ("p", ".2g"))]
+        flips = [art.show(row["flips"] and row["flips"][key], "d") for key in ("wrong_right", "right_wrong")]
+        counts = [art.show(row[key], "d") for key in ("unparsed", "cut_off")]
         tokens = sum(c["prompt_tokens"] + c["tokens"] for c in row["cost"].values())
         if row["row"] == "oracle_gate":
-            lines.append("| *upper bounds, which look at the gold answer:* " + "| " * 12 + "|")
-        lines.append(f"| {row['row']} | {row['accuracy']:.1%} ({low:.1%} to {high:.1%}) | {' | '.join(versus)} | "
-                     f"{flips['wrong_right']} | {flips['right_wrong']} | {row['refined_share']:.0%} | {same} | "
-                     f"{' | '.join(counts)} | {tokens:.0f} |")
-    lines += [f"| {row} | not available: {reason} " + "| " * 11 + "|"
-              for row, reason in results["not_available"].items()]
-    lines += ["", f"{results['n']} questions, seed {results['seed']}. Mended and broken: wrong drafts made right, "
-              "right drafts made wrong. Tokens: read and written by all models, per question."]
+            rows.append(["*upper bounds, which look at the gold answer:*"])
+        rows.append([row["row"], f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})", *versus, *flips,
+                     f"{row['refined_share']:.0%}", art.show(row["same_answer"], ".0%"), *counts, f"{tokens:.0f}"])
+    rows += [[row, f"not available: {reason}"] for row, reason in results["not_available"].items()]
+    lines = [markdown(head, rows), "", f"{results['n']} questions, seed {results['seed']}. Mended and broken: wrong "
+             "drafts made right, right drafts made wrong. Tokens: read and written by all models, per question."]
     if results["decision"]:
         lines.append("Decision to refine, AUC: " + ", ".join(
             f"{name} {art.show(value['auc'], '.3f')}" for name, value in results["decision"].items()) + ".")
@@ -482,11 +487,9 @@ def paper(results):
     """Ours beside the paper's figures for the task, as a Markdown table; empty where the paper has no such task."""
     figures = [f for f in art.read_jsonl(art.ROOT / "docs/paper.jsonl") if f["task"] == results["task"]]
     ours = {row["row"]: f"{row['accuracy']:.1%}" for row in results["rows"]}
-    lines = [f"| {f['row']} | {f['llm']} | {f['figure']} | {ours.get(f['row'], '-')} | {f['status']} | {f['source']} |"
-             for f in figures]
-    head = ["", f"The paper's figures beside ours ({results['models']['llm']['model']}):", "",
-            "| row | the paper's LLM | paper | ours | status | source |", "| --- " * 6 + "|"]
-    return "\n".join(head + lines) + "\n" if lines else ""
+    rows = [[f["row"], f["llm"], f["figure"], ours.get(f["row"], "-"), f["status"], f["source"]] for f in figures]
+    made = markdown(["row", "the paper's LLM", "paper", "ours", "status", "source"], rows)
+    return f"\nThe paper's figures beside ours ({results['models']['llm']['model']}):\n\n{made}\n" if rows else ""
 
 
 def picture(results, path):
@@ -514,6 +517,7 @@ def picture(results, path):
         gate.plot([0, 100], [100 * rows[row]["accuracy"] for row in ("initial", "refine_always")], "--", color="0.6",
                   label="refining at random")
     gate.set(xlabel="share refined in % (dot: the threshold from dev)", ylabel="accuracy in %")
+    cost.set_prop_cycle(color=pyplot.cm.tab20.colors)
     for name, points in results["curves"].items():
         cost.plot([total_cost(name, results, point["cost"]) for point in points],
                   [100 * point["accuracy"] for point in points], ".-", label=f"{name}, k = 1 to {points[-1]['k']}")
@@ -522,10 +526,12 @@ def picture(results, path):
             low, high = row["ci95"]
             cost.errorbar(total_cost(name, results, row["cost"]), 100 * row["accuracy"], fmt="o", capsize=2, label=name,
                           yerr=[[100 * (row["accuracy"] - low)], [100 * (high - row["accuracy"])]])
+    unit = unit_of(results["models"])
     if COMPUTED in results["training"]:
-        cost.axvline(results["training"][COMPUTED]["flops"], color="0.6", linestyle="--", label=COMPUTED)
-    unit = "floating-point operations" if unit_of(results["models"]) == "flops" else "tokens"
-    cost.set(xscale="log", xlabel=f"{unit}: training and all test questions", ylabel="accuracy in %")
+        price = total({COMPUTED: results["training"][COMPUTED]}, unit)
+        cost.axvline(price, color="0.6", linestyle="--", label=COMPUTED)
+    cost.set(xscale="log", xlabel=f"{'floating-point operations' if unit == 'flops' else unit}: training and all test "
+             "questions", ylabel="accuracy in %")
     for axes in (gate, cost):
         if axes.get_legend_handles_labels()[0]:  # not all rows may have been asked for
             axes.legend(fontsize="x-small")
@@ -565,8 +571,8 @@ def read_runs(args, names):
 
 def summary(names, runs):
     """Several runs side by side as a Markdown table: mean accuracy, its range, and each run's difference and p."""
-    lines = ["| row | mean accuracy | lowest to highest | vs initial (p of each run) | vs self_refine (p of each) |",
-             "| --- " * 5 + "|"]
+    head = ["row", "mean accuracy", "lowest to highest", "vs initial (p of each run)", "vs self_refine (p of each)"]
+    lines = []
     tables = [{row["row"]: row for row in run["rows"]} for run in runs]
     for name in [name for name in tables[0] if all(name in table for table in tables)]:
         rows = [table[name] for table in tables]
@@ -574,26 +580,24 @@ def summary(names, runs):
         versus = [f"{np.mean([row[key]['delta'] for row in rows]):+.1%} "
                   f"({', '.join(format(row[key]['p'], '.2g') for row in rows)})"
                   if all(row[key] for row in rows) else "-" for key in ("vs_initial", "vs_self_refine")]
-        lines.append(f"| {name} | {np.mean(accuracy):.1%} | {min(accuracy):.1%} to {max(accuracy):.1%} | "
-                     f"{' | '.join(versus)} |")
+        lines.append([name, f"{np.mean(accuracy):.1%}", f"{min(accuracy):.1%} to {max(accuracy):.1%}", *versus])
     areas = [f"{gate} {', '.join(art.show(run['decision'][gate]['auc'], '.3f') for run in runs)}"
              for gate in runs[0]["decision"] if all(gate in run["decision"] for run in runs)]
-    return "\n".join([*lines, "", f"{len(runs)} runs ({', '.join(names)}), the same {runs[0]['n']} questions in each. "
-                      f"Decision to refine, AUC of each run: {'; '.join(areas)}."])
+    return (f"{markdown(head, lines)}\n\n{len(runs)} runs ({', '.join(names)}), the same {runs[0]['n']} questions in "
+            f"each. Decision to refine, AUC of each run: {'; '.join(areas)}.")
 
 
 def grid(names, runs):
     """The paper's grid over several runs: strategy x sub-questions x who asks x who trusts, as a Markdown table."""
-    lines = ["| run | strategy | sub-questions | who asks | who trusts | accuracy (95%) |", "| --- " * 6 + "|"]
+    lines = []
     for name, run in zip(names, runs):
         for row in run["rows"]:
             how = row["settings"]
             if row["row"] in ("initial", "refine_always") or how["ask"] in ("self", "asker"):
-                cells = [how["strategy"], how["subquestions"], how["ask"], how["trust"]]
+                cells = [how[key] or "-" for key in ("strategy", "subquestions", "ask", "trust")]
                 low, high = row["ci95"]
-                lines.append(f"| {name} | {' | '.join(cell or '-' for cell in cells)} | {row['accuracy']:.1%} "
-                             f"({low:.1%} to {high:.1%}) |")
-    return "\n".join(lines)
+                lines.append([name, *cells, f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})"])
+    return markdown(["run", "strategy", "sub-questions", "who asks", "who trusts", "accuracy (95%)"], lines)
 
 
 def choose_rows(args):

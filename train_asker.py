@@ -10,6 +10,7 @@ written to runs/<task>/<run>/, with figures on dev beside them in args.json.
 import argparse
 import json
 import math
+import re
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def ask_examples(records, samples, subquestions, tokenizer, decision_ids, end_to
                 solution = art.solution_text(record["solution"], record["answer"])
                 prompt, text = art.predict_prompt(record), art.end_to_end_target(draft, asked, not correct, solution)
             prompt, target = encode(tokenizer, prompt, text)
-            decided = encode(tokenizer, "", text.partition("\nRevised answer:")[0])[1]
+            decided = encode(tokenizer, "", re.match(rf"(?s:.*){art.DECISION} (Yes|No)", text)[0])[1]
             place = max(i for i, token in enumerate(decided) if token in decision_ids)
             examples.append({"prompt": prompt, "target": target, "decision": place})
             labels.append(not correct)

@@ -23,8 +23,8 @@ SCRIPTS = sorted(path for path in ROOT.rglob("*.py") if not path.relative_to(ROO
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
-@pytest.mark.parametrize(("script", "writes"), [("sample", 3), ("train_asker", 6), ("train_truster", 2),
-                                                ("evaluate", 13)])
+@pytest.mark.parametrize(("script", "writes"), [("sample", 3), ("train_asker", 7), ("train_asker", 9),
+                                                ("train_truster", 2), ("evaluate", 13)])
 def test_killed_loses_nothing(kit, tmp_path, monkeypatch, capsys, script, writes):
     """Killed in the middle of a run, and of a line; the same command then leaves what an uninterrupted run left."""
     again = kit.copy(tmp_path / "kit")
