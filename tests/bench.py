@@ -31,7 +31,6 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import peft
 import torch
 import transformers
 
@@ -233,7 +232,7 @@ def generate_turn(args, name):
 def generate(args):
     """Answers to questions behind the exemplars, greedy and then k samples each, against plain `generate`."""
     names = ["kit", "plain generate"] + ["generate_batch"] * torch.cuda.is_available()  # which is made for GPUs
-    for samples in dict.fromkeys((1, args.k)):
+    for samples in args.k if isinstance(args.k, tuple) else [args.k]:
         how = "greedy" if samples == 1 else f"{samples} samples each; plain: one call a sample"
         print(f"{args.limit} questions of {args.task}, {args.shots} exemplars, {args.bits} bits, at most "
               f"{args.max_new_tokens} new tokens, {how}\n")
@@ -512,7 +511,8 @@ def fit_turn(args, name):
     if name == "solve":  # LLM and Asker share their weights, the Truster comes after them
         begin, new = clock(), args.max_new_tokens
         lm = art.LM(base, args.bits, chat="no")
-        lm.model = peft.get_peft_model(lm.model, peft.LoraConfig(r=args.rank, target_modules="all-linear")).eval()
+        lora = art.LoraConfig(r=args.rank, target_modules="all-linear")
+        lm.model = art.get_peft_model(lm.model, lora).eval()
         for _ in range(3):  # predict, ask, refine
             lm._generate([tokens(args.max_length)], [], new, None, 1, 0.0, None)
         del lm
@@ -589,7 +589,8 @@ def main():
         return script(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = parser.add_subparsers(dest="table", required=True)
-    defaults = {generate: {"limit": 32, "k": 4, "bits": 32}, asker: {"limit": 64, "batch_size": 4, "accumulate": 8},
+    defaults = {generate: {"limit": 32, "k": (1, 4), "bits": 32},
+                asker: {"limit": 64, "batch_size": 4, "accumulate": 8},
                 truster: {"limit": 16, "k": 8, "batch_size": 1, "accumulate": 16}, demo: {}, scaling: {"limit": 100},
                 fit: {"preset": "24gb"}}
     for call, values in defaults.items():
@@ -597,7 +598,7 @@ def main():
                                 description=call.__doc__)
         one.add_argument("--asker-model", help="base of the Asker: folder or Hub id (preset)")
         one.add_argument("--truster-model", help="base of the Truster: folder or Hub id (preset)")
-        one.add_argument("--k", type=int, help="samples a question (generate: 4, truster: 8, fit: preset)")
+        one.add_argument("--k", type=int, help="samples a question (generate: 1, then 4; truster: 8; fit: preset)")
         one.add_argument("--rounds", type=int, default=3, help="turns of each contestant (3)")
         one.add_argument("--shape", default="7b", choices=SHAPES, help="of the model that shall fit (7b)")
         one.add_argument("--truster-shape", default="13b", choices=SHAPES, help="of the Truster of one question (13b)")
