@@ -188,6 +188,7 @@ def generate_batch(lm, prompts, max_new_tokens=256, stop=None, k=1, temperature=
         text = lm.tokenizer.decode(output.generated_tokens, skip_special_tokens=True)
         match = stop.search(text) if stop else None
         made.append({"text": (text[: match.end()] if match else text).strip(), "tokens": len(output.generated_tokens)})
+    assert len(made) == len(prompts) * k  # what fails is only logged
     yield [(index, made[index * k : index * k + k]) for index in range(len(prompts))]
 
 

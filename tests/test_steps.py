@@ -109,6 +109,22 @@ def run(lm, prompts, **how):
     return dict(pair for batch in lm.generate(prompts, **how) for pair in batch)
 
 
+def test_attention_of_its_own(lm, tmp_path):
+    """A model that computes its attention itself is left to it: the same texts as from plain `generate`."""
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(vocab_size=len(lm.tokenizer), hidden_size=32, num_hidden_layers=2, alibi=False,
+                                       num_attention_heads=2, bos_token_id=None, eos_token_id=1)
+    transformers.FalconForCausalLM(config).save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    own = art.LM(str(tmp_path), 32)
+    prompts = prompts_of(own, 4)
+    assert own.plan(prompts, 8, 1)[0] == [] and lm.plan(prompts, 8, 1)[0] != []
+    for index, (made,) in run(own, prompts, max_new_tokens=8).items():
+        ids = torch.tensor([prompts[index]])
+        plain = own.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+        assert made["text"] == own.tokenizer.decode(plain[0, ids.shape[1]:], skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize("shots", [0, 2])
 def test_greedy_is_what_generate_writes(lm, shots):
     """In 32 bits: cached prefix, left padding and rows that leave the batch change nothing against plain `generate`."""
