@@ -521,11 +521,10 @@ def picture(results, path):
     for name, points in results["curves"].items():
         cost.plot([total_cost(name, results, point["cost"]) for point in points],
                   [100 * point["accuracy"] for point in points], ".-", label=f"{name}, k = 1 to {points[-1]['k']}")
-    for name, row in rows.items():
+    for (name, row), around in zip(rows.items(), ends.T):
         if row["flips"] and name not in results["curves"] and not name.startswith("oracle"):
-            low, high = row["ci95"]
-            cost.errorbar(total_cost(name, results, row["cost"]), 100 * row["accuracy"], fmt="o", capsize=2, label=name,
-                          yerr=[[100 * (row["accuracy"] - low)], [100 * (high - row["accuracy"])]])
+            cost.errorbar(total_cost(name, results, row["cost"]), 100 * row["accuracy"], 100 * around[:, None],
+                          fmt="o", capsize=2, label=name)
     unit = unit_of(results["models"])
     if COMPUTED in results["training"]:
         price = total({COMPUTED: results["training"][COMPUTED]}, unit)
