@@ -26,6 +26,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -134,6 +135,7 @@ def fetch(name, url, sha256, raw, files=None, hint=""):
         if files:
             raise UserError(f"no file {path}; put it there, or leave out --files to download it{hint}")
         path.parent.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(60)  # torch sets none: a stalled download would hang
         try:  # its own name comes when it is whole and verified
             torch.hub.download_url_to_file(url + name, str(path), hash_prefix=sha256)
         except (OSError, http.client.HTTPException, RuntimeError) as error:
@@ -1146,7 +1148,6 @@ class Shelf:
         key = name == "truster", find_model(about["model"]), about["bits"]
         if key != self._key:
             self._model = self._key = None
-            gc.collect()
             if name == "truster":
                 self._model = Truster(self.folder / name, args.batch_tokens)
             else:
@@ -1185,6 +1186,7 @@ def lock(folder):
                         "--runs") from None
 
 
+@functools.cache
 def parameters(name):
     """Number of parameters of a model, counted on its architecture alone."""
     with torch.device("meta"), loading(name):
@@ -1463,10 +1465,10 @@ def load_samples(args, records):
     """({id: rows in order of "sample"}, hash of that) from `python art.py sample`, for all of `records`."""
     path, mend = args.runs / args.task / "samples.jsonl", f"make it with: python art.py sample --task {args.task}"
     samples = {}
-    if not maker(path).is_file():
-        raise UserError(f"{maker(path)}, which says what made the samples, is missing; {mend}")
     for row in read_jsonl(path, mend):
         samples.setdefault(row["id"], []).append(row)
+    if not maker(path).is_file():
+        raise UserError(f"{maker(path)}, which says what made the samples, is missing; {mend}")
     most = max(map(len, samples.values()), default=1)  # dev has one more than train, its greedy draft
     if lacking := sum(len(samples.get(record["id"], ())) < max(1, most - 1) for record in records):
         raise UserError(f"{path} lacks samples of {lacking} of {len(records)} questions: {mend} and the same --limit")

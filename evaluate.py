@@ -99,10 +99,14 @@ def compare(row, other, seed):
 # The stages: each asks one model about every question of dev and test
 
 
+def stages_of(rows):
+    """The stages that rows need beside the draft, by name."""
+    return {stage for row in rows for names, step in zip(NEEDS, ROWS[row]) for stage in names.get(step, ())}
+
+
 def run_stages(args, rows, dev, test):
     """Put what `rows` need into the records of dev and test: candidates, ask, trust. Returns {role: model}."""
-    shelf, task, needed = art.Shelf(args), args.task, {"initial"}
-    needed |= {stage for row in rows for names, step in zip(NEEDS, ROWS[row]) for stage in names.get(step, ())}
+    shelf, task, needed = art.Shelf(args), args.task, {"initial"} | stages_of(rows)
     llm = art.fingerprint(args, args.model, art.LLM_KEYS)
     settings = {"exemplars": art.load_exemplars(task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
     samples, _ = art.load_samples(args, dev)
@@ -344,7 +348,7 @@ def training_costs(args, models):
     weights; 6 where all weights are trained. The last entry is computed, no run: 70 B parameters fine-tuned on what the
     Asker's first stage read, at its operations a second.
     """
-    path, folder = args.runs / args.task / "samples.jsonl", args.adapters or args.runs / args.task / args.run
+    path, folder = args.runs / args.task / "samples.jsonl", art.Shelf(args).folder
     samples = art.read_jsonl(path)
     prompts = samples if args.base_url else {row["id"]: row for row in samples}.values()  # read once for all samples
     costs = {"samples": {
@@ -369,15 +373,14 @@ def training_costs(args, models):
 
 def total_cost(row, results, price):
     """What it takes to train what a row needs and to answer all test questions at `price` a question."""
-    stages = {stage for names, step in zip(NEEDS, ROWS[row]) for stage in names.get(step, ())}
-    adapters = {name for name in ADAPTED if ADAPTED[name] & stages}
+    adapters = {name for name in ADAPTED if ADAPTED[name] & stages_of([row])}
     needed = adapters.union(*(LEARNS_FROM[name] for name in adapters)) & results["training"].keys()
     unit = unit_of(results["models"])
     return total({name: results["training"][name] for name in needed}, unit) + results["n"] * total(price, unit)
 
 
-def cost_table(results, price=None):
-    """Samples and trainings as a Markdown table; `price` of an hour adds the money."""
+def cost_table(results, hour_price=None):
+    """Samples and trainings as a Markdown table; the price of an hour adds the money."""
     head = ["what", "model", "parameters", "trained", "examples", "tokens", "seconds", "peak GiB", "operations"]
     rows = []
     for name, part in results["training"].items():
@@ -385,12 +388,12 @@ def cost_table(results, price=None):
         peak = part["peak_memory"] and part["peak_memory"] / 2**30
         rows.append([name, part["model"], *counts, art.show(part["seconds"], ",.0f"), art.show(peak, ".1f"),
                      art.show(part["flops"], ".1e")])
-        if price:
-            rows[-1].append(art.show(part["seconds"] and part["seconds"] / 3600 * price, ",.2f"))
+        if hour_price:
+            rows[-1].append(art.show(part["seconds"] and part["seconds"] / 3600 * hour_price, ",.2f"))
     seconds, peak = results["seconds"], results["peak_memory"]
     took = f"{seconds:,.0f} s" + (f", {peak / 2**30:.1f} GiB at most" if peak else "")
-    took += f", {seconds / 3600 * price:,.2f} of money" if price else ""
-    return markdown(head + ["money"] * bool(price), rows) + (
+    took += f", {seconds / 3600 * hour_price:,.2f} of money" if hour_price else ""
+    return markdown(head + ["money"] * bool(hour_price), rows) + (
         f"\n\nevaluate.py took {took}; tokens and operations of each row are in results.json. Seconds and GiB are of "
         "this machine; those of a start that was stopped before its end are missing.\n")
 
@@ -505,7 +508,7 @@ def picture(results, path):
     middle = np.array([row["accuracy"] for row in rows.values()])
     ends = np.abs(np.array([row["ci95"] for row in rows.values()]).T - middle)
     colours = ["0.7" if row.startswith("oracle") else "C1" if row == "art" else "C0" for row in rows]
-    figure, (bars, gate, cost) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    figure, (bars, gate, costs) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     bars.barh(list(rows), 100 * middle, xerr=100 * ends, color=colours, capsize=2)
     bars.invert_yaxis()
     bars.set_xlabel(f"accuracy in % ({results['task']}, {results['n']} questions, 95% intervals; grey: upper bounds)")
@@ -517,21 +520,21 @@ def picture(results, path):
         gate.plot([0, 100], [100 * rows[row]["accuracy"] for row in ("initial", "refine_always")], "--", color="0.6",
                   label="refining at random")
     gate.set(xlabel="share refined in % (dot: the threshold from dev)", ylabel="accuracy in %")
-    cost.set_prop_cycle(color=pyplot.cm.tab20.colors)
+    costs.set_prop_cycle(color=pyplot.cm.tab20.colors)
     for name, points in results["curves"].items():
-        cost.plot([total_cost(name, results, point["cost"]) for point in points],
-                  [100 * point["accuracy"] for point in points], ".-", label=f"{name}, k = 1 to {points[-1]['k']}")
+        costs.plot([total_cost(name, results, point["cost"]) for point in points],
+                   [100 * point["accuracy"] for point in points], ".-", label=f"{name}, k = 1 to {points[-1]['k']}")
     for (name, row), around in zip(rows.items(), ends.T):
         if row["flips"] and name not in results["curves"] and not name.startswith("oracle"):
-            cost.errorbar(total_cost(name, results, row["cost"]), 100 * row["accuracy"], 100 * around[:, None],
+            costs.errorbar(total_cost(name, results, row["cost"]), 100 * row["accuracy"], 100 * around[:, None],
                           fmt="o", capsize=2, label=name)
     unit = unit_of(results["models"])
     if COMPUTED in results["training"]:
         price = total({COMPUTED: results["training"][COMPUTED]}, unit)
-        cost.axvline(price, color="0.6", linestyle="--", label=COMPUTED)
-    cost.set(xscale="log", xlabel=f"{'floating-point operations' if unit == 'flops' else unit}: training and all test "
+        costs.axvline(price, color="0.6", linestyle="--", label=COMPUTED)
+    costs.set(xscale="log", xlabel=f"{'floating-point operations' if unit == 'flops' else unit}: training and all test "
              "questions", ylabel="accuracy in %")
-    for axes in (gate, cost):
+    for axes in (gate, costs):
         if axes.get_legend_handles_labels()[0]:  # not all rows may have been asked for
             axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
@@ -601,7 +604,7 @@ def grid(names, runs):
 
 def choose_rows(args):
     """(the rows asked for, {row: why it cannot be had}). By default all rows whose models are trained."""
-    folder = args.adapters or args.runs / args.task / args.run
+    folder = art.Shelf(args).folder
     named = args.rows not in (None, "all")
     names = args.rows.split(",") if named else list(ROWS)
     if unknown := set(names) - set(ROWS):

@@ -261,7 +261,11 @@ def test_training_stops_at_nan():
 def test_examples_of_a_step_are_sorted():
     """Every example once an epoch, each time in another order; long ones lie together within a step, not across."""
     lengths = [(7 * i) % 40 for i in range(40)]
-    epochs = [list(art.SortedSteps(lengths, step=8, seed=0, epoch=lambda: epoch)) for epoch in (0, 1, 0)]  # noqa: B023
+
+    def order(epoch):
+        return list(art.SortedSteps(lengths, step=8, seed=0, epoch=lambda: epoch))
+
+    epochs = [order(epoch) for epoch in (0, 1, 0)]
     assert epochs[0] == epochs[2] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
     steps = [[lengths[i] for i in epochs[0][start : start + 8]] for start in range(0, 40, 8)]
     assert all(step == sorted(step, reverse=True) for step in steps)
