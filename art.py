@@ -11,7 +11,6 @@ Source: Shridhar et al., "The ART of LLM Refinement: Ask, Refine, and Trust", ar
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import contextvars
 import functools
@@ -23,6 +22,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import signal
@@ -70,13 +70,16 @@ def run(main):
     """Call `main`; a UserError or a full disk becomes one line and exit code 2, Ctrl-C one line and 130, untraced."""
     if RANK:
         sys.stdout = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):  # on Windows, into a file: an alphabet of 256
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     try:
         main()
     except UserError as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, whatever progress is shown
+        tqdm.write(visible(f"error: {error}"), file=sys.stderr)  # on a line of its own, whatever progress is shown
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped: what was written is kept, the same command goes on from there", file=sys.stderr)
@@ -206,6 +209,7 @@ def read_jsonl(path, mend="", journal=False):
         if line.strip():
             try:
                 records.append(json.loads(line))
+                to_lines(records[-1:]).encode()  # half a character, as "\ud800", can be neither tokenized nor written
             except (ValueError, RecursionError):
                 records.append(None)
             if not isinstance(records[-1], dict):
@@ -254,7 +258,8 @@ def write_json(path, value):
 
 # What may stand before an answer: blanks, ** $ - " ( and LaTeX such as \boxed{\text{. The bounds keep it fast on junk.
 _SKIP = r"(?!#)(?=[^\w\n#]{0,10}\w)[^\w\n#]{0,10}(?:\\[a-zA-Z]{1,9}[^\w\n#]{1,5}){0,2}"
-_YES_NO = r"((?i:yes|no|true|false))\b(?![-/]|(?i: or| one| longer| doubt| matter)\b)"  # not: yes/no, no one, no doubt
+_YES_NO = (r"((?i:yes|no|true|false))\b(?![-/]|(?i: or| and (?:yes|no)| one| longer| doubt| matter| idea| clue| way"
+           r"| (?:definite |clear )?(?:information|evidence|data|record|answer))\b)")  # not: yes/no, no one, no idea
 _PHRASE = r"\b(?i:answer(?: to (?:the|this) question)?\W{0,4}(?:is\b|:|=))"  # the answer is; **Answer:**; answer =
 _WINDOW = 5000  # an answer line is read so far, and the fallbacks read so many last characters: junk costs no time
 _HEAD = 100_000  # an answer line is looked for in so many first characters, then in the last ones
@@ -341,10 +346,15 @@ def is_correct(task, text, gold):
     return answer is not None and answer == extract_answer(task, f"#### {gold}")
 
 
+def verdict(task, made, gold):
+    """Is a generation right? One that was cut off is not, whatever its last number."""
+    return made["stopped"] and is_correct(task, made["text"], gold)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts: what goes in, what comes out, for each of the four steps. Training, inference and data/toy use these alone.
 
-PROMPT_VERSION = 1  # raise it with any change below: adapters trained under another version are refused
+PROMPT_VERSION = 2  # raise it with any change below or of how answers are read: what was made before is refused
 DECISION = "Refine:"  # stands before the Asker's Yes or No
 
 
@@ -371,7 +381,7 @@ def solution_text(solution, answer, strategy="cot"):
     >>> solution_text([["How many are left?", "5 - 2 = 3 are left."]], "3", "decomp")
     'How many are left? 5 - 2 = 3 are left.\n#### 3'
     """
-    lines = [step if strategy == "cot" else f"{subquestion} {step}".rstrip() for subquestion, step in solution]
+    lines = [step if strategy == "cot" else f"{subquestion} {step}".strip() for subquestion, step in solution]
     return "\n".join([*filter(None, lines), f"#### {answer}"])
 
 
@@ -466,22 +476,32 @@ def loading(name):
 
 
 def model_revision(name):
-    """Commit of a Hub model; for a folder a hash over its config and the sizes of its weights."""
+    """Commit of a Hub model; for a folder a hash over its settings, its tokenizer and pieces of its weights."""
     path = Path(find_model(name))
-    if path.is_dir():
-        digest = hashlib.sha256((path / "config.json").read_bytes() if (path / "config.json").exists() else b"")
-        for file in sorted(path.glob("*.safetensors")):
-            with file.open("rb") as weights:  # the header and the first weights
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(1 << 20))
-        return digest.hexdigest()[:16]
+    if not path.is_dir():
+        return load_config(name)._commit_hash
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        size, weights = file.stat().st_size, file.suffix == ".safetensors"
+        if weights or file.suffix in (".json", ".jinja", ".model", ".txt"):
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as content:
+                for start in range(0, size, max(1 << 16, size // 256 if weights else 0)):  # of weights 16 MB at most
+                    content.seek(start)
+                    digest.update(content.read(1 << 16))
+    return digest.hexdigest()[:16]
+
+
+def load_config(name):
+    """config.json of a model. Code of a model's own is never run, here and wherever one is loaded."""
     with loading(name):
-        return AutoConfig.from_pretrained(name)._commit_hash
+        return AutoConfig.from_pretrained(find_model(name), trust_remote_code=False)
 
 
 def load_tokenizer(name):
     """Tokenizer with a padding token; refused if it cannot give back plain text."""
     with loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(find_model(name))
+        tokenizer = AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     probe = "Ann has 12 pens.\n#### 12"
     if tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"]).strip() != probe:
@@ -505,7 +525,8 @@ def load_base(name, bits=4, head=AutoModelForCausalLM, **settings):
         torch.cuda.empty_cache()
         settings["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     with loading(name):
-        return head.from_pretrained(find_model(name), dtype=dtype, use_safetensors=True, **settings).eval()
+        return head.from_pretrained(find_model(name), dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                    **settings).eval()
 
 
 def plan_batches(lengths, budget):
@@ -523,12 +544,32 @@ def plan_batches(lengths, budget):
     return batches
 
 
+def finite(numbers, name):
+    """These numbers; refused if one is none, as with fp16 on a card without bf16: it would pass for an answer."""
+    if all(map(math.isfinite, numbers)):
+        return numbers
+    raise UserError(f"{name!r} gives numbers that are not finite: use --bits 32, or another model")
+
+
 def left_pad(rows, pad, device):
     """Token ids (rows, longest) and attention mask, padded on the left."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+def by_halves(batch, work):
+    """[(item, what work([item, ...]) makes of it), ...]; where memory runs out the batch is halved."""
+    try:
+        return list(zip(batch, work(batch)))
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise UserError("out of memory with one question: use a smaller model, --bits 4 or --shots 0") from None
+    torch.cuda.empty_cache()
+    half = len(batch) // 2
+    print(f"out of memory: a batch of {len(batch)} is halved", file=sys.stderr)
+    return by_halves(batch[:half], work) + by_halves(batch[half:], work)
 
 
 class GrowingLayer(DynamicLayer):
@@ -687,7 +728,8 @@ class LM:
         for number, batch in enumerate(batches):
             if not all(index in done for index in batch):
                 torch.manual_seed(seed * 1_000_003 + number)
-                yield self._generate_or_halve(batch, prompts, prefix, max_new_tokens, stop, k, temperature, options)
+                yield by_halves(batch, lambda part: self._generate(
+                    [prompts[index] for index in part], prefix, max_new_tokens, stop, k, temperature, options))
 
     def plan(self, prompts, max_new_tokens, k):
         """(what all prompts share, as token ids; batches of indices whose rows without it keep `batch_tokens`)."""
@@ -696,18 +738,6 @@ class LM:
             prefix = []
         return prefix, plan_batches([(len(ids) - len(prefix) + max_new_tokens) * k for ids in prompts],
                                     self.batch_tokens)
-
-    def _generate_or_halve(self, batch, prompts, *settings):
-        try:
-            return list(zip(batch, self._generate([prompts[index] for index in batch], *settings)))
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise UserError("out of memory with one question: use a smaller model, --bits 4 or --shots 0") from None
-        torch.cuda.empty_cache()
-        half = len(batch) // 2
-        print(f"out of memory: a batch of {len(batch)} is halved", file=sys.stderr)
-        return [pair for part in (batch[:half], batch[half:])
-                for pair in self._generate_or_halve(part, prompts, *settings)]
 
     def _prefix_cache(self, prefix):
         """Keys and values of the prefix, computed once for all batches."""
@@ -749,7 +779,7 @@ class LM:
                         made[index]["logit"] = (logits[row, options[0][0]] - logits[row, options[0][1]]).item()
             tokens = (logits.argmax(-1) if temperature == 0 else
                       torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0])
-            chosen = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+            chosen = finite((logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist(), self.name)
             may_stop = self._may_stop[tokens.cpu().clamp(max=len(self._may_stop) - 1)]
             stay = []
             for row, (index, token) in enumerate(zip(alive, tokens.tolist())):
@@ -810,9 +840,11 @@ class Endpoint:
         if concurrency < 1:
             raise UserError("--concurrency is 1 or more")
         self.name, self.chat, self.concurrency, self.openai = name, chat != "no", concurrency, openai
-        self.key = os.environ.get("OPENAI_API_KEY") or "no-key"  # a server of one's own wants none, the client does
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"  # one's own server needs none
+        if not self.key.isascii():
+            raise UserError("OPENAI_API_KEY has characters that are in no key: set it again")
         self.shown = re.sub("//[^/]*@", "//", url).partition("?")[0]  # the address without what may be secret in it
-        self.logprobs = True  # until the server refuses to give them
+        self.logprobs, self.answered = True, False  # until the server refuses to give them; until it has answered once
         self.client = openai.OpenAI(base_url=url, api_key=self.key, max_retries=self.retries,
                                     timeout=openai.Timeout(300, connect=10))
 
@@ -836,27 +868,35 @@ class Endpoint:
         Each of the k samples is a request of its own, since not every server knows `n`. Tokens are as the server counts
         them. Where it gives no log-probabilities, "logprob" is None and "logit" plus or minus infinity, by the word.
         """
-        over = threading.Event()  # set after an error: what has not begun is not asked any more
+        todo = [index for index in range(len(prompts)) if index not in done]
+        waiting, made, over = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
 
-        def several(index):
-            return [self._generate(prompts[index], max_new_tokens, stop, temperature,
-                                   seed * 1_000_003 + index * k + number, options)
-                    for number in range(k) if not over.is_set()]
+        def work():
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    index = waiting.get_nowait()
+                    try:
+                        made.put((index, [self._generate(prompts[index], max_new_tokens, stop, temperature,
+                                                         seed * 1_000_003 + index * k + number, options)
+                                          for number in range(k) if not over.is_set()]))
+                    except Exception as error:  # told by the one who waits
+                        made.put((index, error))
 
-        pool, running = concurrent.futures.ThreadPoolExecutor(self.concurrency), {}
-        rest = (index for index in range(len(prompts)) if index not in done)
+        for index in todo:
+            waiting.put(index)
+        for _ in range(min(self.concurrency, len(todo))):
+            threading.Thread(target=work, daemon=True).start()  # an error ends the process at once, requests or not
         try:
-            while True:
-                for index in itertools.islice(rest, self.concurrency - len(running)):
-                    running[pool.submit(several, index)] = index
-                if not running:
-                    return
-                finished = concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done
-                for future in sorted(finished, key=lambda future: future.exception() is not None):  # errors last
-                    yield [(running.pop(future), future.result())]
-        finally:
+            for _ in todo:
+                index, several = made.get()
+                if isinstance(several, Exception):
+                    raise several
+                yield [(index, several)]
+        finally:  # what has not begun is not asked any more
             over.set()
-            pool.shutdown(wait=False, cancel_futures=True)  # an error is told at once
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting.get_nowait()
 
     def _generate(self, prompt, max_new_tokens, stop, temperature, seed, options):
         settings = {"model": self.name, "temperature": temperature, "seed": seed}
@@ -866,19 +906,25 @@ class Endpoint:
             settings |= {"messages": prompt, "max_completion_tokens": max_new_tokens}
         else:
             settings |= {"prompt": prompt, "max_tokens": max_new_tokens, "stop": [self.next_exemplar]}
-        if self.logprobs:  # of the tokens, and where a decision is read of the others: as many as OpenAI gives
-            settings |= ({"logprobs": True, "top_logprobs": 20 if options else 0} if self.chat else
+        if self.logprobs:  # of the tokens, and where a decision is read of the others: as many as all servers give
+            settings |= ({"logprobs": True, "top_logprobs": 5 if options else 0} if self.chat else
                          {"logprobs": 5 if options else 1})
         choice, usage = self._request(settings)
-        if self.chat:
-            text, ended = choice.message.content or "", ""
-        else:  # some servers give the stop string back, some do not
-            text, ended, _ = choice.text.partition(self.next_exemplar)
+        if choice is None:
+            return {"text": "", "stopped": False, "failed": True, "tokens": 0, "prompt_tokens": 0, "logprob": None,
+                    **({"logit": -math.inf} if options else {})}
+        if usage.completion_tokens > max_new_tokens + 1:  # max_completion_tokens is not known everywhere
+            raise UserError(f"{self.shown} wrote {usage.completion_tokens} tokens where {max_new_tokens} were allowed: "
+                            "use another server, or --chat no")
+        self.answered = True
+        text = ((choice.message.content or "") if self.chat else choice.text).encode("utf-8", "replace").decode()
+        # /completions: some servers give the stop string back, some do not
+        text, ended, _ = (text, "", "") if self.chat else text.partition(self.next_exemplar)
         match = stop and stop.search(text)
         end, tokens = match.end() if match else len(text), self._tokens(choice)
         made = {"text": text[:end].strip(), "stopped": bool(match or ended or choice.finish_reason == "stop"),
                 "tokens": usage.completion_tokens, "prompt_tokens": usage.prompt_tokens,
-                "logprob": sum(logprob for start, _, logprob, _ in tokens if start < end) if tokens else None}
+                "logprob": sum(logprob for start, _, logprob, _ in tokens if start < end) if choice.logprobs else None}
         if options:
             words, at_once = options
             made["logit"] = self._log_odds(words, text, 0 if at_once else end, tokens)
@@ -887,13 +933,18 @@ class Endpoint:
         return made
 
     def _request(self, settings):
-        """(choice, usage) of one request; what can go wrong becomes one line."""
+        """(choice, usage) of one request, (None, None) where one alone is refused; errors of all become one line."""
         try:
             reply = (self.client.chat if self.chat else self.client).completions.create(**settings)
         except self.openai.OpenAIError as error:
             if "logprobs" in settings and "logprobs" in str(error):
+                if self.logprobs:
+                    print(f"{self.shown} gives no log-probabilities: decisions are read from words", file=sys.stderr)
                 self.logprobs = False
                 return self._request({key: value for key, value in settings.items() if "logprobs" not in key})
+            if self.answered and isinstance(error, self.openai.BadRequestError):  # too long, or its content refused
+                print(self._explain(error), "This answer counts as failed.", file=sys.stderr)
+                return None, None
             raise UserError(self._explain(error)) from None
         except ValueError:  # no JSON
             reply = None
@@ -906,7 +957,7 @@ class Endpoint:
         status = getattr(error, "status_code", None)
         if status == 401:  # what the server says here may hold a part of the key
             return f"{self.shown} refuses the key (401): set the environment variable OPENAI_API_KEY"
-        said = f"{self.shown}: " + " ".join(str(error).split()).replace(self.key, "...")[:300]
+        said = f"{self.shown}: " + visible(" ".join(str(error).split()).replace(self.key, "..."))[:300]
         if status == 404:
             return said + " Check --model, --base-url (most end in /v1) and --chat (no: /completions)"
         if status is None or status == 429 or status >= 500:
@@ -990,7 +1041,7 @@ def draw(lm, args, records, k, temperature, seed, first=0, **how):
     exemplars = load_exemplars(args.task, args.shots, args.data)
     for batch in predict(lm, args.task, records, exemplars, args.strategy, args.facts == "both", k=k,
                          temperature=temperature, seed=seed, max_new_tokens=args.max_new_tokens, **how):
-        yield [(i, [{"sample": first + j, "correct": is_correct(args.task, made["text"], records[i]["answer"]), **made}
+        yield [(i, [{"sample": first + j, "correct": verdict(args.task, made, records[i]["answer"]), **made}
                     for j, made in enumerate(several)]) for i, several in batch]
 
 
@@ -1047,7 +1098,7 @@ def ask(lm, task, records, drafts, exemplars=(), shift=0.0, **how):
 
 def refine(lm, task, records, drafts, subquestions=None, exemplars=(), facts=False, **how):
     """Step 3: a revised answer from question, draft and sub-questions (None: without; paper, section 3.3)."""
-    with_questions = subquestions is not None
+    with_questions = any(subquestions or ())
     shown = [(refine_prompt(e, e["draft"], subquestions_of(e) if with_questions else None, facts),
               solution_text(e["solution"], e["answer"])) for e in exemplars]
     prompts = [refine_prompt(record, draft, asked, facts)
@@ -1107,16 +1158,20 @@ class Truster:
         rows = [self.tokenizer([trust_prompt(record, text) for text in several])["input_ids"]
                 for record, several in zip(records, different)]
         most = max(map(len, rows), default=0)
+
+        def work(batch):
+            ids, mask = left_pad([row for i in batch for row in rows[i]], self.tokenizer.pad_token_id,
+                                 self.model.device)
+            scores, made = iter(finite(score_batch(self.model, ids, mask).tolist(), self.about["model"])), []
+            for i in batch:
+                score, length = dict(zip(different[i], scores)), dict(zip(different[i], map(len, rows[i])))
+                made.append([{**{name: score[text] for name, text in texts[i].items()},
+                              "prompt_tokens": sum(length[text] for text in texts[i].values())}])
+            return made
+
         for batch in plan_batches([most * max(map(len, several)) for several in rows], self.batch_tokens):
             if not all(index in done for index in batch):
-                flat = [row for i in batch for row in rows[i]]
-                ids, mask = left_pad(flat, self.tokenizer.pad_token_id, self.model.device)
-                scores, made = iter(score_batch(self.model, ids, mask).tolist()), []
-                for i in batch:
-                    score, length = dict(zip(different[i], scores)), dict(zip(different[i], map(len, rows[i])))
-                    made.append((i, [{**{name: score[text] for name, text in texts[i].items()},
-                                      "prompt_tokens": sum(length[text] for text in texts[i].values())}]))
-                yield made
+                yield by_halves(batch, work)
 
 
 def score_batch(model, ids, mask):
@@ -1189,8 +1244,8 @@ def lock(folder):
 @functools.cache
 def parameters(name):
     """Number of parameters of a model, counted on its architecture alone."""
-    with torch.device("meta"), loading(name):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(find_model(name))).num_parameters()
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(name)).num_parameters()
 
 
 def data_hash(task, splits=("train", "dev"), data=ROOT / "data"):
@@ -1240,10 +1295,13 @@ def claim(path, made_by):
     hours of work after a `git pull` or at Colab's next update.
     """
     about = maker(path)
+    mend = f"delete it (and {about.name}) or give another --run or --runs"
     if not about.exists():
+        if Path(path).exists() and not RANK:
+            raise UserError(f"{path} is there, but not {about.name}, which says what made it: bring that back, or "
+                            + mend)
         write_about(about, made_by)
         return
-    mend = f"delete it (and {about.name}) or give another --run or --runs"
     before, now = json.loads(about.read_text()), provenance()
     require_same(before, made_by, path, mend)
     makers = [before["provenance"], *before.get("continued_by", [])]
@@ -1254,6 +1312,12 @@ def claim(path, made_by):
         write_json(about, {**before, "continued_by": [*makers[1:], now]})
 
 
+def require_distinct(ids):
+    """Refuse an id that stands for two questions: one would be given the other's answers."""
+    if doubled := [name for name, count in collections.Counter(ids).items() if count > 1]:
+        raise UserError(f"the id {doubled[0]!r} stands for two questions: ids must differ within and between splits")
+
+
 def stage(path, label, ids, batches, per_id=1):
     """Rows of a step by id, {id: [row, ...]}; what `path` holds is not made again, the rest is appended by batches.
 
@@ -1261,6 +1325,7 @@ def stage(path, label, ids, batches, per_id=1):
         batches: function of `done`, the set of indices into `ids` that are complete; yields [(index, [row, ...]), ...].
         per_id: rows that make an id complete; they are told apart by their key "sample".
     """
+    require_distinct(ids)
     rows = {}
     if Path(path).exists():
         for row in read_jsonl(path, journal=True):
@@ -1328,10 +1393,22 @@ def check_scorer(model):
 
 
 class StopOnNonFinite(transformers.TrainerCallback):
-    """End training at the first loss or gradient that is not finite, instead of averaging it away."""
+    """End training at the first loss or gradient that is not finite, instead of averaging it away.
+
+    In fp16 a gradient may overflow: the step is left out and the loss scaled down, 16 times in a row at most.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = state.global_step  # whose gradient was finite
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= control.should_save  # what is kept was looked at
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):  # fp16 skips steps whose gradient overflows
+        if math.isfinite(logs.get("grad_norm", math.nan)):
+            self.last = state.global_step
+        overflow = args.fp16 and state.global_step - self.last <= 20
+        for name in ("loss",) if overflow else ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0)):
                 raise UserError(f"{name} is {logs[name]} at step {state.global_step}: lower --lr, or on a card without "
                                 "bf16 use --bits 32; the last checkpoint is kept")
@@ -1421,8 +1498,7 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
         gradient_accumulation_steps=args.accumulate * args.batch_size // size,
         optim="paged_adamw_8bit" if cuda else "adamw_torch",
         seed=args.seed, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
-        # every checkpoint falls on a logged step: StopOnNonFinite has seen what is kept
-        logging_steps=math.gcd(10, args.save_steps), logging_nan_inf_filter=False, save_steps=args.save_steps,
+        logging_steps=10, logging_nan_inf_filter=False, save_steps=args.save_steps,
         save_total_limit=1, report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda,
         include_num_input_tokens_seen="non_padding", disable_tqdm=False, ddp_find_unused_parameters=False)
     settings._n_gpu = min(settings.n_gpu, 1)  # more cards through torchrun alone: DataParallel knows no 4-bit weights
@@ -1469,8 +1545,10 @@ def load_samples(args, records):
         samples.setdefault(row["id"], []).append(row)
     if not maker(path).is_file():
         raise UserError(f"{maker(path)}, which says what made the samples, is missing; {mend}")
-    most = max(map(len, samples.values()), default=1)  # dev has one more than train, its greedy draft
-    if lacking := sum(len(samples.get(record["id"], ())) < max(1, most - 1) for record in records):
+    k = json.loads(maker(path).read_text()).get("k")
+    if not k:
+        raise UserError(f"{path} is not finished: python art.py sample with the same flags goes on with it")
+    if lacking := sum(len(samples.get(record["id"], ())) < k for record in records):
         raise UserError(f"{path} lacks samples of {lacking} of {len(records)} questions: {mend} and the same --limit")
     samples = {record["id"]: sorted(samples[record["id"]], key=lambda row: row["sample"]) for record in records}
     return samples, short_hash(samples)
@@ -1630,8 +1708,8 @@ def parse(parser, script, argv=None):
     if args.preset != "toy" and not torch.cuda.is_available():
         raise UserError(f"--preset {args.preset} needs a CUDA GPU and none is here: on a CPU use --preset toy, "
                         "with --model, --asker-model and --truster-model of your own if you like")
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run):
-        raise UserError("--run is a plain name: letters, digits, dot, hyphen, underscore")
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run) or args.run == "stages":  # the folder of all runs' stages
+        raise UserError("--run is a plain name, not stages: letters, digits, dot, hyphen, underscore")
     transformers.set_seed(args.seed)
     return args
 
@@ -1648,6 +1726,7 @@ def fingerprint(args, model, keys):
 def sample(args):
     """Step 2 of the five: k predictions for every question of train and dev, and greedy drafts of dev (sample 0)."""
     train, dev = (load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
+    require_distinct(record["id"] for record in train + dev)
     path, began = args.runs / args.task / "samples.jsonl", time.time()
 
     @functools.cache
@@ -1668,7 +1747,8 @@ def sample(args):
         if llm.cache_info().currsize:  # something was drawn
             about = json.loads(maker(path).read_text())
             seconds = round(about.get("seconds", 0) + time.time() - began, 1)
-            write_json(maker(path), {**about, "seconds": seconds, "peak_memory": peak_memory()})
+            write_json(maker(path), {**about, "k": args.k, "limit": args.limit, "seconds": seconds,
+                                     "peak_memory": peak_memory()})
     made = [row for group in groups.values() for row in group]
     both = sum(len({row["correct"] for row in group}) == 2 for group in groups.values())
     show_record({"question": train[0]["question"], "gold": train[0]["answer"], **{

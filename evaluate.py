@@ -56,7 +56,7 @@ ADAPTED = {"asker": {"ask"}, "truster": {"trust", "trust_samples"},  # the stage
            "finetuned": {"finetuned"}, "end_to_end": {"end_to_end"}}
 LEARNS_FROM = {"finetuned": [], "asker": ["samples", "finetuned"], "truster": ["samples"],  # what is made before it
                "end_to_end": ["samples", "finetuned"]}
-COMPUTED = "fine-tuning a 70 B model (computed)"
+COMPUTED = "fine-tuning a 70 B model (computed)"  # training alone
 PLACES = {"ask": ("ask", "asker"), "ask_self": ("ask", "self"), "trust": ("trust", "truster"),  # in the record
           "trust_self": ("trust", "self"), "trust_samples": ("trust", "samples")}
 
@@ -140,7 +140,13 @@ def run_stages(args, rows, dev, test):
         """{name: hash of its weights}; what no row needs is not looked at."""
         if not ADAPTED[name] & needed:
             return {name: None}
-        shelf.about(name)
+        about = shelf.about(name)
+        if not args.adapters:  # it must have learned from the data and the samples that are here now
+            seen = [record for split in ("train", "dev")
+                    for record in art.load_task(task, split, about["limit"], args.data)]
+            now = {"data_sha256": llm["data_sha256"], "samples_sha256": art.load_samples(args, seen)[1]}
+            art.require_same(about, {key: now[key] for key in now.keys() & about.keys()},
+                             f"the adapter in {shelf.folder / name}", "train it again, or name it with --adapters")
         return {name: art.adapter_hash(shelf.folder / name)}
 
     def with_adapter(name, step):
@@ -176,7 +182,9 @@ def run_stages(args, rows, dev, test):
     stage("refined_plain", by, records, lambda done: art.refine(
         shelf.get("llm"), task, records, drafts(), done=done, **supported))
     stage("finetuned", {**alone, **adapter("finetuned")}, test, with_adapter("finetuned", lambda lm, done: art.predict(
-        lm, task, test, strategy=shelf.about("finetuned")["strategy"], max_new_tokens=args.max_new_tokens, done=done)))
+        lm, task, test, strategy=shelf.about("finetuned")["strategy"], done=done, **(
+            settings if shelf.about("finetuned")["task"] != task else  # of another task: it is shown what `initial` is
+            {"max_new_tokens": args.max_new_tokens}))))
     stage("end_to_end", {**alone, **adapter("end_to_end")}, test, with_adapter(
         "end_to_end", lambda lm, done: art.end_to_end(  # a draft, sub-questions and a revised answer
             lm, task, test, max_new_tokens=3 * args.max_new_tokens, done=done)))
@@ -205,13 +213,13 @@ def run_stages(args, rows, dev, test):
 
 def verdicts(task, records, candidate):
     """Which answers of a candidate are right: array (n,) of bool."""
-    return np.array([art.is_correct(task, r["candidates"][candidate]["text"], r["answer"]) for r in records])
+    return np.array([art.verdict(task, r["candidates"][candidate], r["answer"]) for r in records])
 
 
 def has_logprobs(records):
     """Is the probability of every draft and refinement known? A server may not give it."""
-    return all(r["candidates"].get(name, {}).get("logprob") is not None
-               for r in records for name in ("initial", "refined"))
+    made = [r["candidates"].get(name, {}) for r in records for name in ("initial", "refined")]
+    return all(row.get("failed") or row.get("logprob") is not None for row in made)
 
 
 def columns(task, records):
@@ -221,8 +229,9 @@ def columns(task, records):
     takes = {name: np.array([r["trust"][name]["refined"] > r["trust"][name]["initial"] for r in records])
              for name in records[0].get("trust", ()) if name != "samples"}
     if has_logprobs(records):
-        takes["logprob"] = np.array([r["candidates"]["refined"]["logprob"] > r["candidates"]["initial"]["logprob"]
-                                     for r in records])
+        draft, refined = ([-math.inf if r["candidates"][name].get("failed") else r["candidates"][name]["logprob"]
+                           for r in records] for name in ("initial", "refined"))
+        takes["logprob"] = np.greater(refined, draft)
     return right, p, takes
 
 
@@ -267,9 +276,10 @@ def pick(record, row, k):
     samples = record["candidates"]["samples"][:k]
     if row == "best_of_k":
         return samples[max(range(len(samples)), key=lambda i: record["trust"]["samples"][str(i)])]
-    votes = collections.Counter(sample["answer"] for sample in samples if sample["answer"] is not None)
+    whole = [sample for sample in samples if sample["answer"] is not None and sample["stopped"]]
+    votes = collections.Counter(sample["answer"] for sample in whole)
     best = max(votes, key=votes.get, default=None)  # the earlier one among equals
-    return next(sample for sample in samples if sample["answer"] == best or best is None)
+    return next((sample for sample in whole if sample["answer"] == best), samples[0])
 
 
 def add_curve(args, row, test, models, budget):
@@ -420,19 +430,24 @@ def make_rows(args, rows, dev, test, models):
         else:
             decided[row] = refine, take = outcome(row, right, *on_test[1:], thresholds[row])
             correct[row] = np.where(take, right[candidate or "initial"], initial)
-    results = {}
+    results, strategies = {}, {"end_to_end": "cot"}  # of rows that do not take the flag
+    if "finetuned" in rows:
+        strategies["finetuned"] = art.Shelf(args).about("finetuned")["strategy"]
     for row in rows:
         decides, candidate, chooses = ROWS[row]
         refine, take = decided[row]
-        alone = candidate in ALONE
+        alone, asker = candidate in ALONE, SUBQUESTIONS.get(candidate)
+        asked = asker and any(record["ask"][asker]["subquestions"] for record in test)  # an ablation asks nothing
+        facts = args.facts if not alone else "none" if row not in CURVES or args.facts == "refine" else args.facts
         results[row] = result = {"row": row, "settings": {
-            "strategy": args.strategy, "ask": None if alone else decides, "subquestions": SUBQUESTIONS.get(candidate),
-            "trust": CURVES.get(row) if alone else chooses, "facts": args.facts,
+            "strategy": strategies.get(row, args.strategy), "ask": None if alone else decides,
+            "subquestions": asker if asked else None, "trust": CURVES.get(row) if alone else chooses, "facts": facts,
             "rounds": 1 if candidate and not alone else 0, "k": k[row], "threshold": thresholds[row]},
             "accuracy": float(correct[row].mean()), "ci95": wilson(float(correct[row].sum()), n),
             "refined_share": 0.0 if alone else float(refine.mean())}
         if take is None:  # an expectation has no answers to compare, count or pair
-            result |= dict.fromkeys(["vs_initial", "vs_self_refine", "flips", "same_answer", "unparsed", "cut_off"])
+            result |= dict.fromkeys(["vs_initial", "vs_self_refine", "flips", "same_answer", "unparsed", "cut_off",
+                                     "failed"])
         else:
             answers = [r["candidates"][candidate if t else "initial"] for r, t in zip(test, take)]
             same = [r["candidates"][candidate]["answer"] == r["candidates"]["initial"]["answer"]
@@ -444,9 +459,10 @@ def make_rows(args, rows, dev, test, models):
                 "flips": {"wrong_right": int((correct[row] & ~initial).sum()),
                           "right_wrong": int((~correct[row] & initial).sum())},
                 "same_answer": float(np.mean(same)) if same else None,
-                "unparsed": sum(a["answer"] is None for a in answers),
-                "cut_off": sum(not a["stopped"] for a in answers)}
-        result |= {"failed": 0, "cost": cost(row, test, refine, models)}
+                "unparsed": sum(a["answer"] is None and a["stopped"] for a in answers),
+                "cut_off": sum(not a["stopped"] and not a.get("failed") for a in answers),
+                "failed": sum(a.get("failed", False) for a in answers)}
+        result["cost"] = cost(row, test, refine, models)
     sweeps = {row: sweep(row, *on_test) for row in ("asker", "art") if row in rows}
     return results, {row: pair[1] for row, pair in decided.items()}, curves, sweeps
 
@@ -460,14 +476,14 @@ def markdown(head, rows):
 def table(results):
     """results.json as a Markdown table."""
     head = ["row", "accuracy (95%)", "vs initial", "p", "vs self_refine", "p", "mended", "broken", "refined",
-            "same answer", "unparsed", "cut off", "tokens"]
+            "same answer", "unparsed", "cut off", "failed", "tokens"]
     rows = []
     for row in results["rows"]:
         low, high = row["ci95"]
         versus = [art.show(compared and compared[key], form) for compared in (row["vs_initial"], row["vs_self_refine"])
                   for key, form in (("delta", "+.1%"), ("p", ".2g"))]
         flips = [art.show(row["flips"] and row["flips"][key], "d") for key in ("wrong_right", "right_wrong")]
-        counts = [art.show(row[key], "d") for key in ("unparsed", "cut_off")]
+        counts = [art.show(row[key], "d") for key in ("unparsed", "cut_off", "failed")]
         tokens = sum(c["prompt_tokens"] + c["tokens"] for c in row["cost"].values())
         if row["row"] == "oracle_gate":
             rows.append(["*upper bounds, which look at the gold answer:*"])
@@ -475,24 +491,32 @@ def table(results):
                      f"{row['refined_share']:.0%}", art.show(row["same_answer"], ".0%"), *counts, f"{tokens:.0f}"])
     rows += [[row, f"not available: {reason}"] for row, reason in results["not_available"].items()]
     lines = [markdown(head, rows), "", f"{results['n']} questions, seed {results['seed']}. Mended and broken: wrong "
-             "drafts made right, right drafts made wrong. Tokens: read and written by all models, per question."]
+             "drafts made right, right drafts made wrong. Unparsed, cut off and failed answers count as wrong. Tokens: "
+             "read and written by all models, per question."]
     if results["decision"]:
         lines.append("Decision to refine, AUC: " + ", ".join(
             f"{name} {art.show(value['auc'], '.3f')}" for name, value in results["decision"].items()) + ".")
+    by_name = {row["row"]: row for row in results["rows"]}
     for name, curve in results["curves"].items():
-        k = next(row["settings"]["k"] for row in results["rows"] if row["row"] == name)
         points = ", ".join(f"{point['accuracy']:.1%} (k = {point['k']})" for point in curve)
-        lines.append(f"{name}: {points}; in the table k = {k}, the first that costs what art does, if any does.")
+        share = ""
+        if "art" in by_name:
+            price, budget = (total(by_name[row]["cost"], unit_of(results["models"])) for row in (name, "art"))
+            share = f", {price / budget:.0%} of what art costs"
+        lines.append(f"{name}: {points}; in the table k = {by_name[name]['settings']['k']}{share}.")
     return "\n".join(lines) + "\n"
 
 
 def paper(results):
     """Ours beside the paper's figures for the task, as a Markdown table; empty where the paper has no such task."""
     figures = [f for f in art.read_jsonl(art.ROOT / "docs/paper.jsonl") if f["task"] == results["task"]]
-    ours = {row["row"]: f"{row['accuracy']:.1%}" for row in results["rows"]}
-    rows = [[f["row"], f["llm"], f["figure"], ours.get(f["row"], "-"), f["status"], f["source"]] for f in figures]
-    made = markdown(["row", "the paper's LLM", "paper", "ours", "status", "source"], rows)
-    return f"\nThe paper's figures beside ours ({results['models']['llm']['model']}):\n\n{made}\n" if rows else ""
+    made, rows = {row["row"]: row for row in results["rows"]}, []
+    for figure in figures:
+        ours = made.get(figure["row"], {}).get(figure["ours"])  # the same thing as the paper's, or nothing
+        shown = art.show(ours["delta"], "+.1%") if isinstance(ours, dict) else art.show(ours)
+        rows.append([figure["row"], figure["llm"], figure["figure"], shown, figure["status"], figure["source"]])
+    text = markdown(["row", "the paper's LLM", "paper", "ours", "status", "source"], rows)
+    return f"\nThe paper's figures beside ours ({results['models']['llm']['model']}):\n\n{text}\n" if rows else ""
 
 
 def picture(results, path):
@@ -529,15 +553,16 @@ def picture(results, path):
             costs.errorbar(total_cost(name, results, row["cost"]), 100 * row["accuracy"], 100 * around[:, None],
                           fmt="o", capsize=2, label=name)
     unit = unit_of(results["models"])
-    if COMPUTED in results["training"]:
-        price = total({COMPUTED: results["training"][COMPUTED]}, unit)
-        costs.axvline(price, color="0.6", linestyle="--", label=COMPUTED)
+    if COMPUTED in results["training"] and unit == "flops":
+        costs.axvline(results["training"][COMPUTED]["flops"], color="0.6", linestyle="--", label=COMPUTED)
     costs.set(xscale="log", xlabel=f"{'floating-point operations' if unit == 'flops' else unit}: training and all test "
              "questions", ylabel="accuracy in %")
     for axes in (gate, costs):
         if axes.get_legend_handles_labels()[0]:  # not all rows may have been asked for
             axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=120, format="png")
+    part.replace(path)
     pyplot.close(figure)
 
 
@@ -546,7 +571,7 @@ def flips(task, records, take):
     parts = {"mended": [], "broken": []}
     for record, taken in zip(records, take):
         before, after = record["candidates"]["initial"], record["candidates"]["refined" if taken else "initial"]
-        right = [art.is_correct(task, c["text"], record["answer"]) for c in (before, after)]
+        right = [art.verdict(task, c, record["answer"]) for c in (before, after)]
         if right[0] != right[1]:
             asker, scores = record["ask"]["asker"], record["trust"]["truster"]
             parts["mended" if right[1] else "broken"].append("\n".join([

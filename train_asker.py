@@ -39,7 +39,8 @@ def ask_examples(records, samples, subquestions, tokenizer, decision_ids, end_to
     """Stage 2: one example for each different draft of a question, and the share of wrong drafts.
 
     The decision is weighted so that Yes and No weigh the same in sum; what that takes away is put back as `shift` in
-    `art.ask`. `end_to_end`: the target holds the draft too and, if that is wrong, the gold solution.
+    `art.ask`. `end_to_end`: the target holds the draft too and, if that is wrong, the gold solution; the decision is
+    written as text there, so it is not weighted.
     """
     examples, labels = [], []
     for record in records:
@@ -60,7 +61,7 @@ def ask_examples(records, samples, subquestions, tokenizer, decision_ids, end_to
         raise art.UserError(f"{len(labels)} drafts of which {share:.0%} are wrong: the Asker needs right and wrong "
                             "ones; draw more with: python art.py sample --k 8, or use another --model and --runs")
     for example, wrong in zip(examples, labels):
-        example["weight"] = 0.5 / (share if wrong else 1 - share)
+        example["weight"] = 1.0 if end_to_end else 0.5 / (share if wrong else 1 - share)
     return examples, share
 
 
@@ -74,6 +75,9 @@ def load_subquestions(args, records):
     else:
         rows = {r["id"]: art.subquestions_of(r) if args.subquestions == "gold" else [] for r in records}
     chosen = {record["id"]: rows[record["id"]] for record in records}
+    if args.subquestions == "gold" and not any(chosen.values()):
+        raise art.UserError(f"{args.task} has no sub-questions: let the LLM write some (art.py subquestions --task "
+                            f"{args.task}) for --subquestions generated, or give --subquestions none")
     return chosen, art.short_hash(chosen)
 
 

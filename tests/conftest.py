@@ -72,8 +72,8 @@ class Kit:
 
     def forget(self, script):
         """Delete what a script wrote."""
-        for path in self.written(script):
-            path.unlink()
+        for path in [path for pattern in OUTPUTS[script] for path in (self.runs / "toy").glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def files(self):
         """{path: (size, time of change)} of all that was written."""

@@ -150,6 +150,13 @@ YES_NO = [
     ("No. But then\n#### yes", "yes"),
     ("#### Yesterday\n#### no", "no"),
     ("#### No one knows", None),
+    ("#### no idea", None),
+    ("The answer is: no idea.", None),
+    ("#### No information is available", None),
+    ("The answer is no way to know", None),
+    ("\\boxed{no clear answer}", None),
+    ("#### yes and no", None),
+    ("#### no and that is all", "no"),
     ("#### yes/no", None),
     ("#### yes or no", None),
     ("#### 18", None),
@@ -234,6 +241,13 @@ def test_canonical_form_reads_as_itself(answer):
 )
 def test_is_correct(task, text, gold, correct):
     assert art.is_correct(task, text, gold) is correct
+
+
+def test_what_was_cut_off_is_wrong():
+    """Its last number may be the gold one by chance."""
+    made = {"text": "Ann has 7 + 5 = 12", "stopped": False}
+    assert art.is_correct("toy", made["text"], "12") and not art.verdict("toy", made, "12")
+    assert art.verdict("toy", {**made, "stopped": True}, "12")
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,56 @@ def test_errors_are_one_line(command, status, requests, said):
         assert len(server.asked) == requests
 
 
+def test_one_refused_question_has_failed(command):
+    """Its content, or its length: it counts as wrong, and the others are asked."""
+    def refuse(number, body):
+        if "Ann picked 9" in str(body):
+            return 400, {"error": {"message": "this content is not \x1b[2J for us"}}
+        return None, None
+
+    data = [{**RECORD, "id": f"{i}", "question": RECORD["question"].replace("7", str(i)), "answer": "5"}
+            for i in (7, 8, 9)]
+    with Server(fault=refuse) as server:
+        endpoint = art.Endpoint(server.url, "x", concurrency=1)
+        made = rows_of(art.predict(endpoint, "toy", data))
+        assert [row.get("failed", False) for row in made] == [False, False, True]
+        assert [art.verdict("toy", row, "5") for row in made] == [True, True, False]
+        asked = rows_of(art.ask(endpoint, "toy", data, [row["text"] for row in made]))
+        assert [row["p_refine"] for row in asked] == [1, 1, 0]
+    with Server(fault=refuse) as server, pytest.raises(art.UserError, match=r"not \\x1b\[2J for us"):
+        rows_of(art.predict(art.Endpoint(server.url, "x"), "toy", data[2:]))  # nothing was answered: no one is to blame
+
+
+def test_error_does_not_wait_for_other_requests():
+    """Requests that hang keep neither the error nor the end of the process waiting."""
+    hang = threading.Event()
+
+    def fault(number, body):
+        if number > 1:
+            hang.wait(60)
+        return 404, {"error": {"message": "no such thing"}}
+
+    with Server(fault=fault) as server, pytest.raises(art.UserError, match="no such thing"):
+        before = set(threading.enumerate())
+        try:
+            rows_of(art.predict(art.Endpoint(server.url, "x"), "toy", [RECORD] * 4))
+        finally:
+            left = [thread for thread in set(threading.enumerate()) - before if "work" in thread.name]
+            assert left and all(thread.daemon for thread in left)
+            hang.set()
+
+
+def test_replies_that_no_one_expects(monkeypatch):
+    with Server(texts={"Answer:": "#### 5 \ud800\n"}) as server:  # half a character
+        made, = rows_of(art.predict(art.Endpoint(server.url, "x"), "toy", [RECORD]))
+        assert made["text"] == "#### 5 ?" and made["answer"] == "5"
+        with pytest.raises(art.UserError, match="wrote 5 tokens where 3 were allowed"):
+            rows_of(art.predict(art.Endpoint(server.url, "x"), "toy", [RECORD], max_new_tokens=3))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u201cfake\u201d")
+    with pytest.raises(art.UserError, match="OPENAI_API_KEY has characters"):
+        art.Endpoint("http://127.0.0.1:9/v1", "x")
+
+
 def test_server_that_is_none(command):
     for page in ("<html>Welcome</html>", "{broken", "{}"):
         with Server(fault=lambda *_, page=page: (200, page)) as server:
@@ -309,7 +359,8 @@ def test_all_scripts_take_an_endpoint(command, kit):
     with Server() as server:
         code, out, line = command(art.main, "sample", *flags, server.url)
         assert code == 0 and "x: 0 exemplars, chat template" in out, line
-        assert command(evaluate.main, *flags, server.url)[0] == 0
+        assert "train it again, or name it with --adapters" in command(evaluate.main, *flags, server.url)[2]
+        assert command(evaluate.main, *flags, server.url, "--adapters", command.folder / "toy/default")[0] == 0
         assert "4 trust" in command(art.main, "solve", *flags, server.url, RECORD["question"])[1]
     results = json.loads((command.folder / "toy/default/results.json").read_text())
     assert results["models"]["llm"] == {"model": "x", "parameters": None}

@@ -4,11 +4,15 @@ What is too slow for a test suite, such as 20 kills a script, is in tests/reliab
 """
 
 import ast
+import io
 import json
 import math
 import re
+import shutil
 import signal
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +121,52 @@ def test_evaluation_redoes_what_depends_on_a_change(kit, tmp_path, monkeypatch, 
     assert "asked again without set()" in refused(monkeypatch, capsys, "evaluate", *again.flags("evaluate"))
 
 
+def test_adapters_of_other_samples_are_refused(kit, tmp_path, monkeypatch, capsys):
+    """They may have learned from what is now a test question, or from another LLM."""
+    again = kit.copy(tmp_path / "kit")
+    path = again.runs / "toy/samples.jsonl"
+    rows = art.read_jsonl(path)
+    art.write_jsonl(path, [{**rows[0], "text": "#### 1"}, *rows[1:]])
+    line = refused(monkeypatch, capsys, "evaluate", *again.flags("evaluate"))
+    assert "samples_sha256 = " in line and "--adapters" in line
+    again.here(monkeypatch, "evaluate", "--adapters", str(kit.runs / "toy/default"))
+
+
+def test_outputs_say_what_made_them(kit, tmp_path, monkeypatch, capsys):
+    """What nobody claims is not adopted, and samples are not finished before their maker has said so."""
+    again = kit.copy(tmp_path / "kit")
+    about = art.maker(again.runs / "toy/samples.jsonl")
+    kept = json.loads(about.read_text())
+    assert kept["k"] == 3 and kept["limit"] == 40
+    art.write_json(about, {key: value for key, value in kept.items() if key != "k"})
+    assert "is not finished" in refused(monkeypatch, capsys, "train_truster", *again.flags("train_truster"))
+    about.unlink()
+    assert "samples.args.json, which says" in refused(monkeypatch, capsys, "sample", *again.flags("sample"))
+
+
+def test_one_id_for_two_questions_is_refused(kit, tmp_path, monkeypatch, capsys):
+    again = kit.copy(tmp_path / "kit")
+    again.forget("sample")
+    dev = art.read_jsonl(again.data / "toy/dev.jsonl")
+    art.write_jsonl(again.data / "toy/dev.jsonl", [{**dev[0], "id": "toy-train-3"}, *dev[1:]])
+    assert "'toy-train-3' stands for two" in refused(monkeypatch, capsys, "sample", *again.flags("sample"))
+    with pytest.raises(art.UserError, match="'a' stands for two"):
+        art.stage(tmp_path / "x.jsonl", "x", ["a", "a"], None)
+
+
+def test_changed_weights_and_templates_are_noticed(tmp_path):
+    """Of a model in a folder: the last bytes of its weights, and a chat template beside them."""
+    shutil.copytree(ROOT / "data/toy/base", tmp_path / "base")
+    seen = {art.model_revision(tmp_path / "base")}
+    with (tmp_path / "base/model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\1\2\3\4")
+    seen.add(art.model_revision(tmp_path / "base"))
+    (tmp_path / "base/chat_template.jinja").write_text("{{ messages }}")
+    seen.add(art.model_revision(tmp_path / "base"))
+    assert len(seen) == 3
+
+
 def refuse(done):
     raise art.UserError(f"asked again without {done}")
 
@@ -177,17 +227,40 @@ def test_training_out_of_memory(tmp_path, capsys, save_steps):
         train(tmp_path / "none", short(0, []), save_steps)
 
 
-def test_no_checkpoint_holds_what_is_not_finite(tmp_path):
-    """The sixth loss is not a number: the checkpoint due at that step is not written, the one before it is kept."""
+@pytest.mark.parametrize(("bad", "save_steps", "step", "last"), [
+    (6, 3, 6, "checkpoint-3"), (7, 5, 8, "checkpoint-5"), (8, 10, 8, None)])  # the last step is a checkpoint too
+def test_no_checkpoint_holds_what_is_not_finite(tmp_path, bad, save_steps, step, last):
+    """A loss is not a number: the checkpoint due at that step is not written, the one before it is kept."""
     calls = []
 
     def loss(model, inputs):
         calls.append(1)
-        return train_truster.truster_loss(model, inputs) * (math.nan if len(calls) == 6 else 1)
+        return train_truster.truster_loss(model, inputs) * (math.nan if len(calls) == bad else 1)
 
-    with pytest.raises(art.UserError, match="loss is nan at step 6"):
-        train(tmp_path, loss, save_steps=3)
-    assert art.last_checkpoint(tmp_path / "checkpoints") == str(tmp_path / "checkpoints/checkpoint-3")
+    with pytest.raises(art.UserError, match=f"loss is nan at step {step}"):
+        train(tmp_path, loss, save_steps)
+    kept = art.last_checkpoint(tmp_path / "checkpoints")
+    assert (kept and Path(kept).name) == last and not (tmp_path / art.ADAPTER).exists()
+
+
+def test_gradients_that_never_come_right_in_fp16():
+    """One that overflows is left out, as is due; twenty in a row are no overflow."""
+    watch, state, fp16 = art.StopOnNonFinite(), Namespace(global_step=400), Namespace(fp16=True)
+    watch.on_train_begin(fp16, state, None)
+    for step, norm in ((410, math.inf), (420, 1.0), (430, math.inf), (440, math.inf)):
+        watch.on_log(fp16, Namespace(global_step=step), None, {"loss": 1.0, "grad_norm": norm})
+    with pytest.raises(art.UserError, match="grad_norm is inf at step 450"):
+        watch.on_log(fp16, Namespace(global_step=450), None, {"loss": 1.0, "grad_norm": math.inf})
+
+
+def test_numbers_that_are_not_finite_make_no_answer(tmp_path):
+    shutil.copytree(ROOT / "data/toy/base", tmp_path / "base")
+    weights = load_file(tmp_path / "base/model.safetensors")
+    save_file({name: weight * math.nan for name, weight in weights.items()}, tmp_path / "base/model.safetensors",
+              {"format": "pt"})
+    lm = art.LM(tmp_path / "base", bits=32)
+    with pytest.raises(art.UserError, match="not finite: use --bits 32"):
+        list(art.predict(lm, "toy", [{"question": "How many?"}]))
 
 
 def test_ids_name_no_files(kit):
@@ -230,6 +303,30 @@ def test_no_code_comes_from_outside(path):
             called = ast.unparse(node.func)
             assert called not in ("eval", "exec", "compile", "__import__", "os.system")
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert "trust_remote_code" not in given and "shell" not in given
+            assert "shell" not in given
             assert called != "torch.load" or given.get("weights_only") == "True"
-    assert "trust_remote_code" not in path.read_text()
+            loads = called.endswith(".from_pretrained") and not called.startswith("Peft")
+            assert given.get("trust_remote_code") == ("False" if loads else None)  # unsaid, transformers asks
+
+
+def test_code_of_a_model_is_not_run(tmp_path, monkeypatch):
+    """Nor is anybody asked whether it may be: a class might answer yes."""
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "new", "auto_map": {name: "code.Own" for name in ("AutoConfig", "AutoTokenizer")}}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (art.load_tokenizer, art.load_config, art.load_base):
+        with pytest.raises(art.UserError, match="cannot load the model"):
+            load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_any_character_can_be_printed(monkeypatch, tmp_path):
+    """As on Windows, where output into a file knows 256 characters; half a character in a file is an error of it."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
+    art.run(lambda: print("3 \u2212 1 \U0001f600", flush=True))
+    assert written.getvalue().split() == [b"3", b"\\u2212", b"1", b"\\U0001f600"]
+    (tmp_path / "x.jsonl").write_text('{"id": "1"}\n{"question": "\\ud800"}\n')
+    with pytest.raises(art.UserError, match="line 2"):
+        art.read_jsonl(tmp_path / "x.jsonl")
