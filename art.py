@@ -45,15 +45,6 @@ import transformers
 from huggingface_hub.errors import GatedRepoError, HFValidationError
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Cache,
-)
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -92,8 +83,7 @@ def run(main):
         sys.exit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks and records. A new task is one entry here and one folder data/<task>/ with a prepare.py.
+# --- Tasks and records. A new task is one entry here and one folder data/<task>/ with a prepare.py. ---
 
 TASKS = {  # answer: how it is read; prepare: the command that makes the data; exemplars: whose exemplars.jsonl is used
     "toy": {"answer": "number", "prepare": "data/toy/prepare.py", "exemplars": "toy"},
@@ -253,8 +243,7 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers: read from what a model wrote, compared as numbers or as yes/no. What cannot be read is None, always wrong.
+# --- Answers: read from what a model wrote, compared as numbers or as yes/no; what cannot be read is None, never right
 
 # What may stand before an answer: blanks, ** $ - " ( and LaTeX such as \boxed{\text{. The bounds keep it fast on junk.
 _SKIP = r"(?!#)(?=[^\w\n#]{0,10}\w)[^\w\n#]{0,10}(?:\\[a-zA-Z]{1,9}[^\w\n#]{1,5}){0,2}"
@@ -351,8 +340,7 @@ def verdict(task, made, gold):
     return made["stopped"] and is_correct(task, made["text"], gold)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts: what goes in, what comes out, for each of the four steps. Training, inference and data/toy use these alone.
+# --- Prompts: what goes in, what comes out, for each of the four steps. Training, inference and toy use these.
 
 PROMPT_VERSION = 2  # raise it with any change below or of how answers are read: what was made before is refused
 DECISION = "Refine:"  # stands before the Asker's Yes or No
@@ -448,8 +436,7 @@ def chat_turns(prompt, exemplars=(), instruction=""):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The language model: loading (4, 16 or 32 bits), batched generation, option probabilities.
+# --- The language model: loading (4, 16 or 32 bits), batched generation, option probabilities. ---
 
 
 def find_model(name):
@@ -495,13 +482,13 @@ def model_revision(name):
 def load_config(name):
     """config.json of a model. Code of a model's own is never run, here and wherever one is loaded."""
     with loading(name):
-        return AutoConfig.from_pretrained(find_model(name), trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(find_model(name), trust_remote_code=False)
 
 
 def load_tokenizer(name):
     """Tokenizer with a padding token; refused if it cannot give back plain text."""
     with loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     probe = "Ann has 12 pens.\n#### 12"
     if tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"]).strip() != probe:
@@ -509,7 +496,7 @@ def load_tokenizer(name):
     return tokenizer
 
 
-def load_base(name, bits=4, head=AutoModelForCausalLM, **settings):
+def load_base(name, bits=4, head=transformers.AutoModelForCausalLM, **settings):
     """Frozen base model in 4 bits (nf4, double quantisation), 16 or 32 bits, on the GPU if there is one.
 
     Source of the 4-bit settings: Dettmers et al., QLoRA, arXiv 2305.14314, section 3.
@@ -582,7 +569,7 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        if self.buffers is None or self.buffers[0].shape[2] < end:
+        if self.buffers is None or len(self.buffers[0]) != len(key_states) or self.buffers[0].shape[2] < end:
             room = [new.new_empty(*new.shape[:2], end + end // 4 + 32, new.shape[3])
                     for new in (key_states, value_states)]
             if start:
@@ -592,11 +579,6 @@ class GrowingLayer(DynamicLayer):
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
-
-    def batch_repeat_interleave(self, repeats):
-        """Each row `repeats` times, in a new buffer."""
-        super().batch_repeat_interleave(repeats)
-        self.buffers = None
 
     def batch_select_indices(self, indices):
         """Only these rows, in a new buffer."""
@@ -638,8 +620,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     return out.reshape(rows, 1, heads, size), None
 
 
-AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+transformers.AttentionInterface.register("shared_prefix", shared_prefix_attention)
+transformers.AttentionMaskInterface.register("shared_prefix", sdpa_mask)
 
 
 class LM:
@@ -659,18 +641,17 @@ class LM:
         self.chat = chat == "yes" or (chat == "auto" and bool(self.tokenizer.chat_template))
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        self.adapters, self._prefix, self._cache = [], None, None
+        self._prefix, self._cache = None, None
         # a stop can only be complete after a token with one of these characters: the others need no decoding
         pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-        self._may_stop = torch.tensor(["\n" in piece or ":" in piece for piece in pieces] + [True])
+        self._may_stop = {i for i, piece in enumerate(pieces) if "\n" in piece or ":" in piece}
 
     def add_adapter(self, name, folder):
         """Load a LoRA adapter beside the weights, switched off. One copy of the weights serves with and without it."""
-        if self.adapters:
+        if isinstance(self.model, PeftModel):
             self.model.load_adapter(folder, name)
         else:
             self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name).eval()
-        self.adapters.append(name)
         self.model.base_model.disable_adapter_layers()
 
     @contextlib.contextmanager
@@ -760,29 +741,26 @@ class LM:
         device, count = self.model.device, len(prompts) * k
         ids, mask = left_pad(prompts, self.tokenizer.pad_token_id, device)
         positions = (mask.cumsum(1) - 1).clamp(min=0) + shared
-        cache = Cache(layer_class_to_replicate=GrowingLayer)
+        cache = transformers.Cache(layer_class_to_replicate=GrowingLayer)
         logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                             use_cache=True, logits_to_keep=1).logits[:, -1].float().repeat_interleave(k, 0)
         if k > 1:
             cache.batch_repeat_interleave(k)
         mask, positions = mask.repeat_interleave(k, 0), positions[:, -1:].repeat_interleave(k, 0)
-        made = [{"text": "", "stopped": False, "tokens": 0, "prompt_tokens": shared + len(prompt), "logprob": 0.0}
-                for prompt in prompts for _ in range(k)]
+        made = [{"text": "", "stopped": False, "tokens": 0, "prompt_tokens": shared + len(prompt), "logprob": 0.0,
+                 **({"logit": None} if options else {})} for prompt in prompts for _ in range(k)]
         written = [[] for _ in range(count)]
         alive = list(range(count))  # which generation each row of the batch is
         deciding = [options is not None and options[1]] * count  # rows whose next token is the decision
         ended = [False] * count
         for step in range(max_new_tokens + 1):
-            if options is not None:
-                for row, index in enumerate(alive):
-                    if deciding[index] and not ended[index]:
-                        made[index]["logit"] = (logits[row, options[0][0]] - logits[row, options[0][1]]).item()
             tokens = (logits.argmax(-1) if temperature == 0 else
                       torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0])
             chosen = finite((logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist(), self.name)
-            may_stop = self._may_stop[tokens.cpu().clamp(max=len(self._may_stop) - 1)]
             stay = []
             for row, (index, token) in enumerate(zip(alive, tokens.tolist())):
+                if deciding[index] and not ended[index]:
+                    made[index]["logit"] = (logits[row, options[0][0]] - logits[row, options[0][1]]).item()
                 if ended[index] or deciding[index] or step == max_new_tokens:  # or cut off
                     ended[index] = True
                     continue
@@ -792,7 +770,7 @@ class LM:
                     made[index]["stopped"] = ended[index] = True
                     continue
                 written[index].append(token)
-                if stop is not None and may_stop[row]:
+                if stop is not None and token in self._may_stop:
                     text = self.tokenizer.decode(written[index], skip_special_tokens=True)
                     if match := stop.search(text):
                         made[index]["stopped"] = True
@@ -815,8 +793,6 @@ class LM:
         for index, text in enumerate(written):
             text = text if isinstance(text, str) else self.tokenizer.decode(text, skip_special_tokens=True)
             made[index]["text"] = text.strip()
-            if options is not None:
-                made[index].setdefault("logit", None)
         return [made[i : i + k] for i in range(0, count, k)]
 
 
@@ -869,21 +845,17 @@ class Endpoint:
         them. Where it gives no log-probabilities, "logprob" is None and "logit" plus or minus infinity, by the word.
         """
         todo = [index for index in range(len(prompts)) if index not in done]
-        waiting, made, over = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        rest, made, over = iter(todo), queue.SimpleQueue(), threading.Event()
 
         def work():
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    index = waiting.get_nowait()
-                    try:
-                        made.put((index, [self._generate(prompts[index], max_new_tokens, stop, temperature,
-                                                         seed * 1_000_003 + index * k + number, options)
-                                          for number in range(k) if not over.is_set()]))
-                    except Exception as error:  # told by the one who waits
-                        made.put((index, error))
+            for index in rest:  # one iterator for all threads
+                try:
+                    made.put((index, [self._generate(prompts[index], max_new_tokens, stop, temperature,
+                                                     seed * 1_000_003 + index * k + number, options)
+                                      for number in range(k) if not over.is_set()]))
+                except Exception as error:  # told by the one who waits
+                    made.put((index, error))
 
-        for index in todo:
-            waiting.put(index)
         for _ in range(min(self.concurrency, len(todo))):
             threading.Thread(target=work, daemon=True).start()  # an error ends the process at once, requests or not
         try:
@@ -894,9 +866,6 @@ class Endpoint:
                 yield [(index, several)]
         finally:  # what has not begun is not asked any more
             over.set()
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting.get_nowait()
 
     def _generate(self, prompt, max_new_tokens, stop, temperature, seed, options):
         settings = {"model": self.name, "temperature": temperature, "seed": seed}
@@ -999,8 +968,7 @@ def load_llm(args):
     return LM(args.model, args.bits, args.batch_tokens, args.chat)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The four steps. Each yields batches [(index of the record, row), ...]; `stage` keeps them on disk.
+# --- The four steps. Each yields batches [(index of the record, row), ...]; `stage` keeps them on disk. ---
 
 INSTRUCTIONS = {  # for chat models, in front of the first turn
     "cot": "Answer the question. Reason step by step, one step a line. The last line is #### and the answer.",
@@ -1221,20 +1189,15 @@ class Shelf:
                     self._model.add_adapter(name, self.folder / name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder: what was made stays made.
+# --- The run folder: what was made stays made. ---
 
 
 @contextlib.contextmanager
 def lock(folder):
     """One process at a time writes in a folder; the lock goes with the process, however it ends."""
-    if RANK:
-        yield
-        return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
+        with contextlib.nullcontext() if RANK else filelock.FileLock(Path(folder) / ".lock", timeout=0):
             yield
     except filelock.Timeout:
         raise UserError(f"another process is at work in {folder}: wait for it, or give another --run or "
@@ -1245,7 +1208,7 @@ def lock(folder):
 def parameters(name):
     """Number of parameters of a model, counted on its architecture alone."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(name)).num_parameters()
+        return transformers.AutoModelForCausalLM.from_config(load_config(name)).num_parameters()
 
 
 def data_hash(task, splits=("train", "dev"), data=ROOT / "data"):
@@ -1347,8 +1310,7 @@ def stage(path, label, ids, batches, per_id=1):
     return {name: [row for _, row in sorted(rows[name].items())] for name in ids}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# QLoRA: what both trainings share. The loop itself is transformers.Trainer.
+# --- QLoRA: what both trainings share. The loop itself is transformers.Trainer. ---
 
 
 def add_lora(model, task_type, rank, start=None):
@@ -1380,8 +1342,8 @@ def add_lora(model, task_type, rank, start=None):
 def load_scorer(name, bits, seed):
     """A base with a fresh scalar head for the Truster, the head in fp32 and never quantised."""
     transformers.set_seed(seed)
-    tokenizer = load_tokenizer(name)
-    model = load_base(name, bits, AutoModelForSequenceClassification, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    model = load_base(name, bits, transformers.AutoModelForSequenceClassification, num_labels=1,
+                      pad_token_id=load_tokenizer(name).pad_token_id)
     model.score.float()
     return model
 
@@ -1413,12 +1375,8 @@ class StopOnNonFinite(transformers.TrainerCallback):
                 raise UserError(f"{name} is {logs[name]} at step {state.global_step}: lower --lr, or on a card without "
                                 "bf16 use --bits 32; the last checkpoint is kept")
 
-
-class CountCheckpoints(transformers.TrainerCallback):
-    """A checkpoint is a write like any other."""
-
     def on_save(self, *args, **kwargs):
-        wrote()
+        wrote()  # a checkpoint is a write like any other
 
 
 class SortedSteps(torch.utils.data.Sampler):
@@ -1502,8 +1460,7 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
         save_total_limit=1, report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda,
         include_num_input_tokens_seen="non_padding", disable_tqdm=False, ddp_find_unused_parameters=False)
     settings._n_gpu = min(settings.n_gpu, 1)  # more cards through torchrun alone: DataParallel knows no 4-bit weights
-    trainer = LossTrainer(model, settings, collate, examples, loss=loss,
-                          callbacks=[StopOnNonFinite(), CountCheckpoints()])
+    trainer = LossTrainer(model, settings, collate, examples, loss=loss, callbacks=[StopOnNonFinite()])
     last, full = last_checkpoint(settings.output_dir), False
     if last:
         print(f"going on from {last}")
@@ -1628,8 +1585,7 @@ def best_threshold(p, gain):
     return float(cuts[best[len(best) // 2]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line.
+# --- The command line. ---
 
 PRESETS = {  # sizes alone; "all" for every script, the rest for the script of that name
     "toy": {
@@ -1653,9 +1609,10 @@ PRESETS = {  # sizes alone; "all" for every script, the rest for the script of t
 }
 
 
-def make_parser(llm=False, training=False):
-    """A parent parser with the flags that scripts share; those of the LLM and of training where asked for."""
-    parser = argparse.ArgumentParser(add_help=False)
+def make_parser(llm=False, training=False, doc=None):
+    """A parser with the flags that scripts share, and those of the LLM or of training; without `doc` to be a parent."""
+    parser = argparse.ArgumentParser(add_help=bool(doc), description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", default="toy", choices=TASKS, help="what is asked (toy: needs no download)")
     add("--preset", default="toy", choices=PRESETS, help="sizes for a CPU, 16 GB or 24 GB (toy); flags win over it")

@@ -8,8 +8,8 @@ Every threshold is set on dev, to maximise there the accuracy of the row that us
 results.json, table.md, costs.md, results.png (where matplotlib is installed), records.jsonl and flips.txt.
 """
 
-import argparse
 import collections
+import contextlib
 import json
 import math
 import subprocess
@@ -52,8 +52,9 @@ NEEDS = (  # the stages that a decider, a candidate and a chooser need beside th
      "majority": ["samples"], "best_of_k": ["samples", "trust_samples"], "finetuned": ["finetuned"],
      "end_to_end": ["end_to_end"]},
     {"truster": ["trust"], "self": ["trust_self"]})
-ADAPTED = {"asker": {"ask"}, "truster": {"trust", "trust_samples"},  # the stages that an adapter makes
-           "finetuned": {"finetuned"}, "end_to_end": {"end_to_end"}}
+ADAPTER = {"ask": "asker", "trust": "truster", "trust_samples": "truster",  # that makes a stage; all others: the LLM
+           "finetuned": "finetuned", "end_to_end": "end_to_end"}
+BASE = {"asker": "asker", "finetuned": "asker", "end_to_end": "asker", "truster": "truster"}  # an adapter's model
 LEARNS_FROM = {"finetuned": [], "asker": ["samples", "finetuned"], "truster": ["samples"],  # what is made before it
                "end_to_end": ["samples", "finetuned"]}
 COMPUTED = "fine-tuning a 70 B model (computed)"  # training alone
@@ -61,8 +62,7 @@ PLACES = {"ask": ("ask", "asker"), "ask_self": ("ask", "self"), "trust": ("trust
           "trust_self": ("trust", "self"), "trust_samples": ("trust", "samples")}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
+# --- Statistics ---
 
 
 def wilson(right, n, z=1.959964):
@@ -95,8 +95,7 @@ def compare(row, other, seed):
             "p": mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stages: each asks one model about every question of dev and test
+# --- The stages: each asks one model about every question of dev and test ---
 
 
 def stages_of(rows):
@@ -118,28 +117,35 @@ def run_stages(args, rows, dev, test):
     def strip(row):
         return {key: value for key, value in row.items() if key not in ("id", "sample", "correct")}
 
-    def stage(name, made_by, over, batches, per_id=1):
-        """Make one stage if it is needed; returns what what follows from it is made by.
+    def stage(name, made_by, over, step, per_id=1):
+        """Make one stage if it is needed; returns what what follows from it is made by, and so the name of its file.
 
-        It is kept in a file whose name follows from all that makes it. What the LLM makes without an adapter is kept
-        for all runs of the task, so that seeds and ablations share it.
+        What the LLM makes without an adapter is kept for all runs of the task: seeds and ablations share it.
         """
+        if name not in needed:  # nor is what follows from it
+            return made_by
+        model = ADAPTER.get(name, "llm")
+        if name in ADAPTER:
+            made_by = {**made_by, model: adapter(model)}
+
+        def batches(done):
+            lm = shelf.get(model)
+            with lm.use(model) if BASE.get(model) == "asker" else contextlib.nullcontext():
+                yield from step(lm, done=done)
+
         digest = art.short_hash(made_by)
-        if name in needed:
-            folder = (args.runs / task / args.run if ADAPTED.keys() & made_by.keys() else args.runs / task) / "stages"
-            with art.lock(folder):
-                art.claim(folder / f"{name}-{digest}.jsonl", made_by)
-                made = art.stage(folder / f"{name}-{digest}.jsonl", name, [r["id"] for r in over], batches, per_id)
-            part, key = PLACES.get(name, ("candidates", name))
-            for record in over:
-                kept = [strip(row) for row in made[record["id"]]]
-                record.setdefault(part, {})[key] = kept if name == "samples" else kept[0]
+        folder = (args.runs / task / args.run if BASE.keys() & made_by.keys() else args.runs / task) / "stages"
+        with art.lock(folder):
+            art.claim(folder / f"{name}-{digest}.jsonl", made_by)
+            made = art.stage(folder / f"{name}-{digest}.jsonl", name, [r["id"] for r in over], batches, per_id)
+        part, key = PLACES.get(name, ("candidates", name))
+        for record in over:
+            kept = [strip(row) for row in made[record["id"]]]
+            record.setdefault(part, {})[key] = kept if name == "samples" else kept[0]
         return {**made_by, name: digest}
 
     def adapter(name):
-        """{name: hash of its weights}; what no row needs is not looked at."""
-        if not ADAPTED[name] & needed:
-            return {name: None}
+        """The hash of its weights."""
         about = shelf.about(name)
         if not args.adapters:  # it must have learned from the data and the samples that are here now
             seen = [record for split in ("train", "dev")
@@ -147,14 +153,7 @@ def run_stages(args, rows, dev, test):
             now = {"data_sha256": llm["data_sha256"], "samples_sha256": art.load_samples(args, seen)[1]}
             art.require_same(about, {key: now[key] for key in now.keys() & about.keys()},
                              f"the adapter in {shelf.folder / name}", "train it again, or name it with --adapters")
-        return {name: art.adapter_hash(shelf.folder / name)}
-
-    def with_adapter(name, step):
-        """The batches of a step, a function of (lm, done), with an adapter on."""
-        def batches(done):
-            with shelf.get(name).use(name) as lm:
-                yield from step(lm, done)
-        return batches
+        return art.adapter_hash(shelf.folder / name)
 
     def drafts():
         return [record["candidates"]["initial"]["text"] for record in records]
@@ -167,48 +166,40 @@ def run_stages(args, rows, dev, test):
 
     alone = {**llm, "test": art.data_hash(task, ["test"], args.data)}
     drawing = {key: sampling[key] for key in ("seed", "temperature")}  # as the samples of train, for all runs
-    drawn = stage("samples", {**alone, **drawing}, test, lambda done: art.draw(
-        shelf.get("llm"), args, test, max(CURVE_K), **drawing, done=done), max(CURVE_K))
+    drawn = stage("samples", {**alone, **drawing}, test, lambda lm, **how: art.draw(
+        lm, args, test, max(CURVE_K), **drawing, **how), max(CURVE_K))
     records = dev + test
     for record in dev:
         record["candidates"] = {"initial": strip(samples[record["id"]][0])}
     by = {**alone, "drafts": art.short_hash([samples[record["id"]][0] for record in dev])}
-    by = stage("initial", by, test, lambda done: art.predict(
-        shelf.get("llm"), task, test, strategy=args.strategy, facts=args.facts == "both", done=done, **settings))
-    by_self = stage("ask_self", by, records, lambda done: art.ask(
-        shelf.get("llm"), task, records, drafts(), done=done, **settings))
-    stage("refined_self", by_self, records, lambda done: art.refine(
-        shelf.get("llm"), task, records, drafts(), asked("self"), done=done, **supported))
-    stage("refined_plain", by, records, lambda done: art.refine(
-        shelf.get("llm"), task, records, drafts(), done=done, **supported))
-    stage("finetuned", {**alone, **adapter("finetuned")}, test, with_adapter("finetuned", lambda lm, done: art.predict(
-        lm, task, test, strategy=shelf.about("finetuned")["strategy"], done=done, **(
+    by = stage("initial", by, test, lambda lm, **how: art.predict(
+        lm, task, test, strategy=args.strategy, facts=args.facts == "both", **settings, **how))
+    by_self = stage("ask_self", by, records, lambda lm, **how: art.ask(
+        lm, task, records, drafts(), **settings, **how))
+    stage("refined_self", by_self, records, lambda lm, **how: art.refine(
+        lm, task, records, drafts(), asked("self"), **supported, **how))
+    stage("refined_plain", by, records, lambda lm, **how: art.refine(lm, task, records, drafts(), **supported, **how))
+    stage("finetuned", alone, test, lambda lm, **how: art.predict(
+        lm, task, test, strategy=shelf.about("finetuned")["strategy"], **how, **(
             settings if shelf.about("finetuned")["task"] != task else  # of another task: it is shown what `initial` is
-            {"max_new_tokens": args.max_new_tokens}))))
-    stage("end_to_end", {**alone, **adapter("end_to_end")}, test, with_adapter(
-        "end_to_end", lambda lm, done: art.end_to_end(  # a draft, sub-questions and a revised answer
-            lm, task, test, max_new_tokens=3 * args.max_new_tokens, done=done)))
-    by |= adapter("asker")
-    by = stage("ask", by, records, with_adapter("asker", lambda lm, done: art.ask(
-        lm, task, records, drafts(), shift=shelf.about("asker")["shift"], max_new_tokens=args.max_new_tokens,
-        done=done)))
-    by = stage("refined", by, records, lambda done: art.refine(
-        shelf.get("llm"), task, records, drafts(), asked("asker"), done=done, **supported))
-    stage("trust_self", by, records, lambda done: art.choose(
-        shelf.get("llm"), records, [both(record) for record in records], done=done))
-    stage("trust", {**by, **adapter("truster")}, records, lambda done: shelf.get("truster").score(
-        records, [both(record) for record in records], done))
-    stage("trust_samples", {**drawn, **adapter("truster")}, test, lambda done: shelf.get("truster").score(
-        test, [{str(i): row["text"] for i, row in enumerate(r["candidates"]["samples"])} for r in test], done))
+            {"max_new_tokens": args.max_new_tokens})))
+    stage("end_to_end", alone, test, lambda lm, **how: art.end_to_end(  # a draft, sub-questions and a revised answer
+        lm, task, test, max_new_tokens=3 * args.max_new_tokens, **how))
+    by = stage("ask", by, records, lambda lm, **how: art.ask(
+        lm, task, records, drafts(), shift=shelf.about("asker")["shift"], max_new_tokens=args.max_new_tokens, **how))
+    by = stage("refined", by, records, lambda lm, **how: art.refine(
+        lm, task, records, drafts(), asked("asker"), **supported, **how))
+    stage("trust_self", by, records, lambda lm, **how: art.choose(lm, records, list(map(both, records)), **how))
+    stage("trust", by, records, lambda truster, **how: truster.score(records, list(map(both, records)), **how))
+    stage("trust_samples", drawn, test, lambda truster, **how: truster.score(
+        test, [{str(i): row["text"] for i, row in enumerate(r["candidates"]["samples"])} for r in test], **how))
     models = {"llm": args.model}
-    for name in ADAPTED:
-        if ADAPTED[name] & needed:  # what is fine-tuned beside the Asker has its base
-            models.setdefault("truster" if name == "truster" else "asker", shelf.about(name)["model"])
+    for stage_name in sorted(needed & ADAPTER.keys()):  # what is fine-tuned beside the Asker has its base
+        models.setdefault(BASE[ADAPTER[stage_name]], shelf.about(ADAPTER[stage_name])["model"])
     return models
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The rows: no model is asked any more
+# --- The rows: no model is asked any more ---
 
 
 def verdicts(task, records, candidate):
@@ -288,8 +279,7 @@ def add_curve(args, row, test, models, budget):
     k is the first whose cost is at least `budget`, what `art` costs, so that the rival gets no less; or the last.
     The prompt is counted once, since samples share the pass over it, but on a server as often as it is sent.
     """
-    curve, chosen = [], None
-    for k in range(1, max(CURVE_K) + 1):
+    def point(k):
         for record in test:
             samples = record["candidates"]["samples"][:k]
             record["candidates"][row] = {**pick(record, row, k), "tokens": sum(sample["tokens"] for sample in samples)}
@@ -297,46 +287,29 @@ def add_curve(args, row, test, models, budget):
                 record["candidates"][row]["prompt_tokens"] = sum(sample["prompt_tokens"] for sample in samples)
             if row == "best_of_k":  # the Truster reads each with the question
                 read = record["trust"]["samples"]["prompt_tokens"] * k / max(CURVE_K)
-                record["candidates"][row]["truster_tokens"] = round(read)
+                record["trust"][row] = {"prompt_tokens": round(read)}
         right = verdicts(args.task, test, row)
-        price = cost(row, test, np.ones(len(test), bool), models)
-        curve.append({"k": k, "accuracy": float(right.mean()), "ci95": wilson(int(right.sum()), len(test)),
-                      "cost": price})
-        if not chosen and (k == max(CURVE_K) or budget and total(price, unit_of(models)) >= budget):
-            chosen = k, [record["candidates"][row] for record in test]
-    for record, candidate in zip(test, chosen[1]):
-        record["candidates"][row] = candidate
-    return chosen[0], [point for point in curve if point["k"] in {*CURVE_K, chosen[0]}]
+        return {"k": k, "accuracy": float(right.mean()), "ci95": wilson(int(right.sum()), len(test)),
+                "cost": cost(row, test, np.ones(len(test), bool), models)}
+
+    curve = [point(k) for k in range(1, max(CURVE_K) + 1)]
+    k = next((one["k"] for one in curve if budget and total(one["cost"], unit_of(models)) >= budget), max(CURVE_K))
+    point(k)  # which stays
+    return k, [one for one in curve if one["k"] in {*CURVE_K, k}]
 
 
 def cost(row, records, refine, models):
     """Tokens and floating-point operations a question (2 x parameters x tokens) of each model that a row uses."""
-    decides, candidate, chooses = ROWS[row]
     n, used = len(records), {name: [0, 0] for name in models}
-
-    def add(model, part, where):
-        for record, take in zip(records, where):
-            used[model][0] += take * part(record)["prompt_tokens"]
-            used[model][1] += take * part(record).get("tokens", 0)
-
-    every = np.ones(n, int)
-    if candidate not in ALONE:
-        add("llm", lambda r: r["candidates"]["initial"], every)
-    if "self" in (decides, SUBQUESTIONS.get(candidate)):
-        add("llm", lambda r: r["ask"]["self"], every)
-    if "asker" in (decides, SUBQUESTIONS.get(candidate)) or decides == "random":
-        add("asker", lambda r: r["ask"]["asker"], every)
-    if candidate:
-        add("asker" if candidate in ("finetuned", "end_to_end") else "llm", lambda r: r["candidates"][candidate],
-            refine.astype(float))
-    if chooses == "truster":  # reads the question with each of the two texts
-        add("truster", lambda r: r["trust"]["truster"], refine.astype(int))
-    if chooses == "self":
-        add("llm", lambda r: r["trust"]["self"], refine.astype(int))
-    if candidate == "best_of_k":
-        add("truster", lambda r: {"prompt_tokens": r["candidates"][candidate]["truster_tokens"]}, every)
-    return {name: {"prompt_tokens": float(a) / n, "tokens": float(b) / n,  # a server does not say its parameters
-                   "flops": models[name]["parameters"] and 2 * models[name]["parameters"] * float(a + b) / n}
+    for stage in sorted(stages_of([row]) | ({"initial"} if ROWS[row][1] not in ALONE else set())):
+        model, (part, key) = BASE.get(ADAPTER.get(stage), "llm"), PLACES.get(stage, ("candidates", stage))
+        for record, share in zip(records, refine.astype(float)):
+            made = record[part][row if key == "samples" else key]
+            share = 1 if stage in ("initial", "ask", "ask_self") else share  # these come before the decision
+            used[model][0] += share * made["prompt_tokens"]
+            used[model][1] += share * made.get("tokens", 0)
+    return {name: {"prompt_tokens": a / n, "tokens": b / n,  # a server does not say its parameters
+                   "flops": models[name]["parameters"] and 2 * models[name]["parameters"] * (a + b) / n}
             for name, (a, b) in used.items() if a + b}
 
 
@@ -367,8 +340,7 @@ def training_costs(args, models):
     for name in LEARNS_FROM:
         if (folder / name / "args.json").is_file():
             about = json.loads((folder / name / "args.json").read_text())
-            if "tokens" in about:
-                costs[name] = {**about, "parameters": art.parameters(about["model"])}
+            costs[name] = {**about, "parameters": art.parameters(about["model"])}
     keys = ("model", "parameters", "trainable_parameters", "examples", "tokens", "seconds", "peak_memory")
     costs = {name: {key: about.get(key) for key in keys} for name, about in costs.items()}
     for name, part in costs.items():
@@ -383,7 +355,7 @@ def training_costs(args, models):
 
 def total_cost(row, results, price):
     """What it takes to train what a row needs and to answer all test questions at `price` a question."""
-    adapters = {name for name in ADAPTED if ADAPTED[name] & stages_of([row])}
+    adapters = {ADAPTER[stage] for stage in stages_of([row]) & ADAPTER.keys()}
     needed = adapters.union(*(LEARNS_FROM[name] for name in adapters)) & results["training"].keys()
     unit = unit_of(results["models"])
     return total({name: results["training"][name] for name in needed}, unit) + results["n"] * total(price, unit)
@@ -634,13 +606,11 @@ def choose_rows(args):
     names = args.rows.split(",") if named else list(ROWS)
     if unknown := set(names) - set(ROWS):
         raise art.UserError(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}, all")
-    trained = {name: (folder / name / "args.json").is_file() for name in ("finetuned", "end_to_end")}
-    if args.rows == "all" and not args.adapters and not trained["end_to_end"]:
+    if args.rows == "all" and not args.adapters and not (folder / "end_to_end/args.json").is_file():
         train_end_to_end(args, folder)
-        trained["end_to_end"] = True
     flags = {"finetuned": "--task-epochs 1 --run ANOTHER", "end_to_end": "--end-to-end"}
     lacking = {} if named else {name: f"`python train_asker.py {flags[name]}` makes it" for name in flags
-                                if not trained[name]}
+                                if not (folder / name / "args.json").is_file()}
     return [row for row in ROWS if row in names and row not in lacking], lacking
 
 
@@ -658,8 +628,7 @@ def train_end_to_end(args, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, parents=[art.make_parser(llm=True)],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = art.make_parser(llm=True, doc=__doc__)
     add = parser.add_argument
     add("--rows", help=f"comma-separated, of {', '.join(ROWS)}; all: trains what end_to_end needs, too (those whose "
                        "models are trained)")
@@ -688,6 +657,9 @@ def main():
         results = {
             "task": args.task, "models": models, "n": len(test), "seed": args.seed, **art.provenance(),
             "data_sha256": art.data_hash(args.task, ["train", "dev", "test"], args.data),
+            "made_by": {**art.fingerprint(args, args.model, art.LLM_KEYS), "limit": args.limit, "adapters": {
+                name: art.adapter_hash(art.Shelf(args).folder / name)
+                for name in sorted({ADAPTER[stage] for stage in stages_of(rows) & ADAPTER.keys()})}},
             "seconds": round(time.time() - began, 1), "peak_memory": art.peak_memory(),
             "training": training_costs(args, models),
             "decision": {name: {"auc": art.auc([r["ask"][name]["p_refine"] for r in test], wrong)}
@@ -695,7 +667,7 @@ def main():
             "rows": list(made.values()), "not_available": lacking, "curves": curves, "sweeps": sweeps}
         path = folder / "results.json"
         before = json.loads(path.read_text()) if path.is_file() else {}
-        if all(before.get(key) == results[key] for key in ("task", "models", "n", "data_sha256", "rows")):
+        if all(before.get(key) == results[key] for key in ("made_by", "models", "n", "data_sha256", "rows")):
             made_by = ("commit", "versions", "seconds", "peak_memory")
             results |= {key: before[key] for key in made_by if key in before}
         if "art" in takes:

@@ -7,7 +7,6 @@ and "Refine: Yes" where the draft is wrong. The drafts are the samples of `pytho
 written to runs/<task>/<run>/, with figures on dev beside them in args.json.
 """
 
-import argparse
 import json
 import math
 import re
@@ -21,18 +20,15 @@ import art
 
 def encode(tokenizer, prompt, target):
     """Token ids of prompt and target, with the end-of-text token behind it so that generation learns to stop."""
-    return (tokenizer(prompt)["input_ids"],
-            tokenizer(target, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
+    return {"prompt": tokenizer(prompt)["input_ids"],
+            "target": tokenizer(target, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]}
 
 
 def task_examples(records, tokenizer, strategy):
     """Stage 1: one example a question."""
-    examples = []
-    for record in records:
-        prompt, target = encode(tokenizer, art.predict_prompt(record, strategy),
-                                art.solution_text(record["solution"], record["answer"], strategy))
-        examples.append({"prompt": prompt, "target": target, "decision": None, "weight": 0.0})
-    return examples
+    return [{**encode(tokenizer, art.predict_prompt(record, strategy),
+                      art.solution_text(record["solution"], record["answer"], strategy)),
+             "decision": None, "weight": 0.0} for record in records]
 
 
 def ask_examples(records, samples, subquestions, tokenizer, decision_ids, end_to_end=False):
@@ -51,10 +47,9 @@ def ask_examples(records, samples, subquestions, tokenizer, decision_ids, end_to
             if end_to_end:
                 solution = art.solution_text(record["solution"], record["answer"])
                 prompt, text = art.predict_prompt(record), art.end_to_end_target(draft, asked, not correct, solution)
-            prompt, target = encode(tokenizer, prompt, text)
-            decided = encode(tokenizer, "", re.match(rf"(?s:.*){art.DECISION} (Yes|No)", text)[0])[1]
+            decided = encode(tokenizer, "", re.match(rf"(?s:.*){art.DECISION} (Yes|No)", text)[0])["target"]
             place = max(i for i, token in enumerate(decided) if token in decision_ids)
-            examples.append({"prompt": prompt, "target": target, "decision": place})
+            examples.append({**encode(tokenizer, prompt, text), "decision": place})
             labels.append(not correct)
     share = float(np.mean(labels)) if labels else 0.0
     if not 0 < share < 1:
@@ -144,8 +139,7 @@ def dev_figures(args, lm, folder, dev, drafts, shift):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, parents=[art.make_parser(training=True)],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = art.make_parser(training=True, doc=__doc__)
     parser.add_argument("--asker-model", help="base of the Asker: folder or Hub id (preset)")
     parser.add_argument("--task-epochs", type=float, help="passes over the questions in stage 1, 0: none (preset)")
     parser.add_argument("--subquestions", default="gold", choices=("gold", "generated", "none"),

@@ -6,8 +6,6 @@ The answers are the samples of `python art.py sample`. Every pair of a right (ch
 question is used, each answer is scored once. The adapter with its scalar head is written to runs/<task>/<run>/truster.
 """
 
-import argparse
-
 import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
@@ -70,8 +68,7 @@ def dev_figures(truster, dev, samples):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, parents=[art.make_parser(training=True)],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = art.make_parser(training=True, doc=__doc__)
     parser.add_argument("--truster-model", help="base of the Truster: folder or Hub id (preset)")
     args = art.parse(parser, "train_truster")
     train, dev = (art.load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
@@ -103,10 +100,8 @@ def main():
         # what is measured is what a fresh process will load: the adapter on disk, not the one in memory
         figures = dev_figures(art.Truster(folder, about=about), dev, samples)
         art.write_about(folder / "args.json", {**about, **trained, "dev": figures})
-    if figures["pairs"]:
-        print(f"{folder}: gets {figures['pairwise_accuracy']:.1%} of {figures['pairs']} right/wrong pairs of dev right")
-    else:
-        print(f"{folder}: dev has no question with both right and wrong samples, so there is no held-out figure")
+    accuracy = art.show(figures["pairwise_accuracy"])  # "-" where no question of dev has both kinds
+    print(f"{folder}: gets {accuracy} of {figures['pairs']} right/wrong pairs of dev right")
 
 
 if __name__ == "__main__":

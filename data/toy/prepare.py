@@ -69,26 +69,22 @@ def solve(problem, reading):
     """[[sub-question, step], ...] and the answer that follow from a reading."""
     base, past = problem.verb
     item, people, counts, solution = problem.item, problem.people, [problem.given], []
+
+    def add(asked, who, left, sign, right):
+        counts.append({"+": left + right, "-": left - right, "*": left * right}[sign])
+        solution.append([f"How many {item} {asked}?", f"{who} {left} {sign} {right} = {counts[-1]} {item}."])
+
     for index, (kind, number, other) in enumerate(problem.relations):
         if index == 1 and reading.misplaced:
             other = 1
         if kind == "fewer" and reading.flipped[index]:
             kind = "more"
-        left = counts[other]
-        value, sign = {"more": (left + number, "+"), "fewer": (left - number, "-"), "times": (left * number, "*")}[kind]
-        counts.append(value)
-        asked = f"How many {item} did {people[index + 1]} {base}, {_compare(kind, number, item)} {people[other]}?"
-        solution.append([asked, f"{people[index + 1]} {past} {left} {sign} {number} = {value} {item}."])
+        add(f"did {people[index + 1]} {base}, {_compare(kind, number, item)} {people[other]}",
+            f"{people[index + 1]} {past}", counts[other], {"more": "+", "fewer": "-", "times": "*"}[kind], number)
     if problem.together and not reading.unfinished:
-        pair, value = people[-2:], counts[-2] + counts[-1]
-        solution.append([f"How many {item} did {pair[0]} and {pair[1]} {base} together?",
-                         f"Together they {past} {counts[-2]} + {counts[-1]} = {value} {item}."])
-        counts.append(value)
+        add(f"did {' and '.join(people[-2:])} {base} together", f"Together they {past}", counts[-2], "+", counts[-1])
     if reading.basket:
-        value = counts[-1] + problem.basket
-        solution.append([f"How many {item} are there with the basket?",
-                         f"With the basket there are {counts[-1]} + {problem.basket} = {value} {item}."])
-        counts.append(value)
+        add("are there with the basket", "With the basket there are", counts[-1], "+", problem.basket)
     return solution, str(counts[-1])
 
 

@@ -10,7 +10,6 @@ out, its own ones share the blind spots of its answers, and revising breaks righ
 """
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -126,9 +125,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 100) * max(0, 1 - step / args.steps))
-    args.out.mkdir(parents=True, exist_ok=True)
-    log, losses = args.out / "loss.jsonl", []
-    log.write_text("")
+    entries, losses = [], []
     began = time.time()
     for step in range(args.steps):
         rows = batch(tokenizer, args.seed, step, 8, 256)
@@ -141,12 +138,11 @@ def main():
         if not math.isfinite(losses[-1]):
             sys.exit(f"the loss is {losses[-1]} at step {step + 1}: lower --lr")
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
-            entry = {"step": step + 1, "tokens": (step + 1) * 2048, "loss": round(sum(losses) / len(losses), 4),
-                     "seconds": round(time.time() - began)}
+            entries.append({"step": step + 1, "tokens": (step + 1) * 2048, "loss": round(sum(losses) / len(losses), 4),
+                            "seconds": round(time.time() - began)})
             losses = []
-            with log.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            print(entry, flush=True)
+            art.write_jsonl(args.out / "loss.jsonl", entries)
+            print(entries[-1], flush=True)
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"{args.out}: {model.num_parameters():,} parameters")
