@@ -949,7 +949,7 @@ class Endpoint:
 
     def _log_odds(self, words, text, start, tokens):
         """Log-odds of the first word against the second where one stands in `text` at `start`, else None."""
-        word = re.compile(rf"\W*({'|'.join(words)})\b", re.IGNORECASE).match(text, start)
+        word = re.compile(rf"\W*(?:answer )?({'|'.join(words)})\b", re.IGNORECASE).match(text, start)
         if word is None:
             return None
         there = [others for begin, token, _, others in tokens if begin <= word.start(1) < begin + len(token)]

@@ -248,6 +248,18 @@ def test_text_is_cut_as_locally():
         assert ask(server, "no")["subquestions"] == ["How many?"]
 
 
+def test_choice_from_text():
+    """A chat model may write more than the letter."""
+    for text, p in (("A", [1, 0]), ("**Answer B**", [0, 1]), ("Neither", [0.5, 0.5])):
+        choice = {"initial": "#### 5", "refined": "#### 6"}
+        with Server(texts={"Better answer:": text}) as server:
+            row, = rows_of(art.choose(art.Endpoint(server.url, "x"), [RECORD], [choice]))
+            assert row["initial"] == row["refined"] == 0.5  # the same letter in both orders says nothing
+            first = rows_of(art.Endpoint(server.url, "x").generate(
+                [[{"role": "user", "content": "Better answer:"}]], max_new_tokens=1, options=(["A", "B"], True)))
+            assert art.probability(first[0]["logit"]) == (0 if text == "Neither" else p[0])
+
+
 @pytest.mark.parametrize(("status", "requests", "said"), [
     (401, 1, "OPENAI_API_KEY"), (404, 1, "--model"), (400, 1, "no such"), (429, 2, "2 tries"), (503, 2, "2 tries")])
 def test_errors_are_one_line(command, status, requests, said):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -195,6 +196,17 @@ def test_help(script, monkeypatch, capsys):
             art.run(art.main)
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert not end.value.code and "usage" in capsys.readouterr().out
+
+
+def test_notebook_calls_the_scripts():
+    """In their order, with flags that they know; what is written is copied to Drive after each, and meanwhile."""
+    cells = json.loads((ROOT / "colab.ipynb").read_text())["cells"]
+    lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
+    asked = [re.findall(r"python ([\w/]+\.py(?: sample)?)", line) for line in lines]
+    assert sum(asked, []) == [step for task in ("toy", "gsm8k") for step in (
+        f"data/{task}/prepare.py", "art.py sample", "train_asker.py", "train_truster.py", "evaluate.py")]
+    for line in [line for line in lines if "--preset t4" in line]:
+        assert re.fullmatch(r"!\{EVERY\} & python .* --task gsm8k --preset t4; kill \$!; \{SAVE\}", line)
 
 
 @pytest.mark.parametrize("script", ["sample", "train_asker", "train_truster", "evaluate"])

@@ -58,3 +58,6 @@ def test_missing_official_file(files):
     script, folder = files
     with pytest.raises(art.UserError, match="--official"):
         script.main(["--official", str(folder / "nowhere.json")])
+    (folder / "hidden.json").write_text('[{"qid": "1", "question": "Is it?"}]')  # as in the official test file
+    with pytest.raises(art.UserError, match="no answers"):
+        script.main(["--official", str(folder / "hidden.json")])

@@ -58,6 +58,8 @@ def main(argv=None):
         if not args.official.is_file():
             raise art.UserError(f"no file {args.official}: give the official strategyqa_train.json, or no --official")
         items = json.loads(args.official.read_bytes())
+        if not all("answer" in item for item in items):
+            raise art.UserError(f"{args.official} has no answers: give strategyqa_train.json, not the test file")
     else:
         paths = [art.fetch(name, URL, SHA256[name], args.out / "strategyqa/raw", args.files) for name in SHA256]
         items = sorted((item for path in paths for item in json.loads(path.read_bytes())), key=lambda item: item["qid"])
