@@ -492,7 +492,7 @@ def paper(results):
 
 
 def picture(results, path):
-    """Accuracy of the rows, accuracy against share refined and against cost; left out where matplotlib is missing."""
+    """Accuracy of the rows, against the Asker's threshold and against cost; left out where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -509,13 +509,13 @@ def picture(results, path):
     bars.invert_yaxis()
     bars.set_xlabel(f"accuracy in % ({results['task']}, {results['n']} questions, 95% intervals; grey: upper bounds)")
     for name, points in results["sweeps"].items():
-        shares, accuracy = ([100 * point[key] for point in points] for key in ("refined_share", "accuracy"))
-        line, = gate.plot(shares, accuracy, label=f"{name}, every threshold")
-        gate.plot(100 * rows[name]["refined_share"], 100 * rows[name]["accuracy"], "o", color=line.get_color())
-    if {"initial", "refine_always"} <= rows.keys():
-        gate.plot([0, 100], [100 * rows[row]["accuracy"] for row in ("initial", "refine_always")], "--", color="0.6",
-                  label="refining at random")
-    gate.set(xlabel="share refined in % (dot: the threshold from dev)", ylabel="accuracy in %")
+        thresholds = [point["threshold"] for point in points]
+        line, = gate.plot(thresholds, [100 * point["accuracy"] for point in points], label=f"{name}: accuracy")
+        gate.plot(rows[name]["settings"]["threshold"], 100 * rows[name]["accuracy"], "o", color=line.get_color())
+    if results["sweeps"]:  # the same for all of them: the Asker decides
+        gate.plot(thresholds, [100 * point["refined_share"] for point in points], "--", color="0.6",
+                  label="share refined")
+    gate.set(xlabel="threshold on p_refine (dot: the one from dev)", ylabel="%")
     costs.set_prop_cycle(color=pyplot.cm.tab20.colors)
     for name, points in results["curves"].items():
         costs.plot([total_cost(name, results, point["cost"]) for point in points],
