@@ -291,10 +291,11 @@ def _number(text, last=False):
         return None
     value = Fraction(whole or 0) + Fraction(number) / Fraction(below or 1)
     minus = "-" if "-" in sign and value else ""
-    if 10**20 % value.denominator:  # no decimal of up to 20 places, as 1/3
-        return f"{minus}{value}"
-    decimals = f"{int(value % 1 * 10**20):020}".rstrip("0")
-    return f"{minus}{int(value)}.{decimals}".rstrip(".")
+    text = f"{minus}{value}"
+    if 10**20 % value.denominator == 0:  # a decimal of up to 20 places, not as 1/3
+        decimals = f"{int(value % 1 * 10**20):020}".rstrip("0")
+        text = f"{minus}{int(value)}.{decimals}".rstrip(".")
+    return text if len(text) <= 100 else None  # so that it reads as itself
 
 
 def extract_answer(task, text):

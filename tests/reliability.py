@@ -79,11 +79,21 @@ def kills(folder, scripts=TINY):
                 how = "behind a write"
             counts[how if dead else "finished before"] += 1
             if not dead:
-                assert same(outcome(script, killed.runs), expected), f"{script}: {counts}"
+                check(script, killed, expected)
                 killed.forget(script)
         finish(killed, script)
-        assert same(outcome(script, killed.runs), expected), f"{script}: {counts}"
+        check(script, killed, expected)
         print(f"{script}: {counts}; the same {len(expected)} outputs", flush=True)
+
+
+def check(script, kit, expected):
+    """Is the outcome of a script the expected one? Else the first difference is told."""
+    found = outcome(script, kit.runs)
+    if not same(found, expected):
+        name = next((name for name in expected if not same({name: found.get(name)}, {name: expected[name]})), None)
+        pairs = zip(found.get(name) or (), expected[name]) if name else ()
+        raise AssertionError(f"{script}, {name or found.keys() ^ expected.keys()}: "
+                             f"{next((pair for pair in pairs if pair[0] != pair[1]), 'lacking')}")
 
 
 def disk(folder):

@@ -214,6 +214,11 @@ def test_yes_no(text, answer):
     assert art.extract_answer("strategyqa", text) == answer
 
 
+def test_fraction_that_is_too_long_to_read_again():
+    assert art.extract_answer("gsm8k", "." + "9" * 60) is None and art.extract_answer("toy", "9" * 97 + "/8") is None
+    assert art.extract_answer("gsm8k", "." + "9" * 30) == "9" * 30 + "/1" + "0" * 30
+
+
 @pytest.mark.parametrize("answer", sorted({answer for _, answer in NUMBERS if answer}))
 def test_canonical_form_reads_as_itself(answer):
     assert art.extract_answer("gsm8k", f"#### {answer}") == answer
