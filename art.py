@@ -57,6 +57,10 @@ class UserError(Exception):
     """Something the user can mend; its text is the one line they see."""
 
 
+class Refused(UserError):
+    """What a server says of one request, as of a question that is too long."""
+
+
 def run(main):
     """Call `main`; a UserError or a full disk becomes one line and exit code 2, Ctrl-C one line and 130, untraced."""
     if RANK:
@@ -470,8 +474,9 @@ def model_revision(name):
         return load_config(name)._commit_hash
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
-        size, weights = file.stat().st_size, file.suffix == ".safetensors"
-        if weights or file.suffix in (".json", ".jinja", ".model", ".txt"):
+        weights = file.suffix == ".safetensors"
+        if file.is_file() and (weights or file.suffix in (".json", ".jinja", ".model") or file.name == "merges.txt"):
+            size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as content:
                 for start in range(0, size, max(1 << 16, size // 256 if weights else 0)):  # of weights 16 MB at most
@@ -553,7 +558,8 @@ def by_halves(batch, work):
         return list(zip(batch, work(batch)))
     except torch.OutOfMemoryError:
         if len(batch) == 1:
-            raise UserError("out of memory with one question: use a smaller model, --bits 4 or --shots 0") from None
+            raise UserError("out of memory with one question: use a smaller model, --bits 4 or, for the LLM, "
+                            "--shots 0") from None
     torch.cuda.empty_cache()
     half = len(batch) // 2
     print(f"out of memory: a batch of {len(batch)} is halved", file=sys.stderr)
@@ -755,9 +761,11 @@ class LM:
         deciding = [options is not None and options[1]] * count  # rows whose next token is the decision
         ended = [False] * count
         for step in range(max_new_tokens + 1):
+            whole = logits.logsumexp(-1)
+            finite(whole.tolist(), self.name)
             tokens = (logits.argmax(-1) if temperature == 0 else
                       torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0])
-            chosen = finite((logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist(), self.name)
+            chosen = (logits.gather(1, tokens[:, None])[:, 0] - whole).tolist()
             stay = []
             for row, (index, token) in enumerate(zip(alive, tokens.tolist())):
                 if deciding[index] and not ended[index]:
@@ -859,12 +867,26 @@ class Endpoint:
 
         for _ in range(min(self.concurrency, len(todo))):
             threading.Thread(target=work, daemon=True).start()  # an error ends the process at once, requests or not
+        self.answered |= len(todo) < len(prompts)
+        failed = {"text": "", "stopped": False, "failed": True, "tokens": 0, "prompt_tokens": 0, "logprob": None,
+                  **({"logit": -math.inf} if options else {})}
+        held, in_a_row = [], 0  # refused questions: they have failed if others are answered
         try:
             for _ in todo:
                 index, several = made.get()
-                if isinstance(several, Exception):
+                if not isinstance(several, Exception):
+                    self.answered, in_a_row = True, 0
+                    yield [(index, several)]
+                elif isinstance(several, Refused) and in_a_row < 10:
+                    held, in_a_row, refusal = [*held, index], in_a_row + 1, several
+                else:
                     raise several
-                yield [(index, several)]
+                if held and self.answered:
+                    print(f"{refusal} An answer counts as failed.", file=sys.stderr)
+                    yield [(index, [dict(failed) for _ in range(k)]) for index in held]
+                    held = []
+            if held:
+                raise refusal
         finally:  # what has not begun is not asked any more
             over.set()
 
@@ -880,21 +902,19 @@ class Endpoint:
             settings |= ({"logprobs": True, "top_logprobs": 5 if options else 0} if self.chat else
                          {"logprobs": 5 if options else 1})
         choice, usage = self._request(settings)
-        if choice is None:
-            return {"text": "", "stopped": False, "failed": True, "tokens": 0, "prompt_tokens": 0, "logprob": None,
-                    **({"logit": -math.inf} if options else {})}
         if usage.completion_tokens > max_new_tokens + 1:  # max_completion_tokens is not known everywhere
             raise UserError(f"{self.shown} wrote {usage.completion_tokens} tokens where {max_new_tokens} were allowed: "
-                            "use another server, or --chat no")
-        self.answered = True
+                            "use another server" + ", or --chat no" * self.chat)
         text = ((choice.message.content or "") if self.chat else choice.text).encode("utf-8", "replace").decode()
         # /completions: some servers give the stop string back, some do not
         text, ended, _ = (text, "", "") if self.chat else text.partition(self.next_exemplar)
         match = stop and stop.search(text)
         end, tokens = match.end() if match else len(text), self._tokens(choice)
-        made = {"text": text[:end].strip(), "stopped": bool(match or ended or choice.finish_reason == "stop"),
+        whole = choice.finish_reason not in ("length", "content_filter")  # servers have many words for its end
+        made = {"text": text[:end].strip(), "stopped": bool(match or ended or whole),
                 "tokens": usage.completion_tokens, "prompt_tokens": usage.prompt_tokens,
-                "logprob": sum(logprob for start, _, logprob, _ in tokens if start < end) if choice.logprobs else None}
+                "logprob": sum(logprob for start, _, logprob, _ in tokens if start < end)
+                if tokens or choice.logprobs and not text else None}
         if options:
             words, at_once = options
             made["logit"] = self._log_odds(words, text, 0 if at_once else end, tokens)
@@ -903,7 +923,7 @@ class Endpoint:
         return made
 
     def _request(self, settings):
-        """(choice, usage) of one request, (None, None) where one alone is refused; errors of all become one line."""
+        """(choice, usage) of one request; what can go wrong becomes one line."""
         try:
             reply = (self.client.chat if self.chat else self.client).completions.create(**settings)
         except self.openai.OpenAIError as error:
@@ -912,10 +932,8 @@ class Endpoint:
                     print(f"{self.shown} gives no log-probabilities: decisions are read from words", file=sys.stderr)
                 self.logprobs = False
                 return self._request({key: value for key, value in settings.items() if "logprobs" not in key})
-            if self.answered and isinstance(error, self.openai.BadRequestError):  # too long, or its content refused
-                print(self._explain(error), "This answer counts as failed.", file=sys.stderr)
-                return None, None
-            raise UserError(self._explain(error)) from None
+            refused = isinstance(error, self.openai.BadRequestError)  # one alone may be too long, or its content
+            raise (Refused if refused else UserError)(self._explain(error)) from None
         except ValueError:  # no JSON
             reply = None
         if not getattr(reply, "choices", None) or not reply.usage:
@@ -1156,7 +1174,7 @@ class Shelf:
     """The models of a run, one in memory at a time; the LLM and what is fine-tuned from the same base are one model."""
 
     def __init__(self, args):
-        self.args, self._model, self._key = args, None, None
+        self.args, self._model, self._key, self._endpoint = args, None, None, None
         self.folder = getattr(args, "adapters", None) or args.runs / args.task / args.run
 
     def about(self, name):
@@ -1166,7 +1184,8 @@ class Shelf:
     def get(self, name):
         """The LLM ("llm"), the Truster, or the model that carries an adapter, for `with shelf.get(name).use(name):`."""
         if name == "llm" and self.args.base_url:
-            return load_llm(self.args)  # takes no memory here
+            self._endpoint = self._endpoint or load_llm(self.args)  # takes no memory here
+            return self._endpoint
         args = self.args
         about = {"model": args.model, "bits": args.bits} if name == "llm" else self.about(name)
         key = name == "truster", find_model(about["model"]), about["bits"]
@@ -1209,7 +1228,8 @@ def lock(folder):
 def parameters(name):
     """Number of parameters of a model, counted on its architecture alone."""
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(load_config(name)).num_parameters()
+        config = load_config(name)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
 
 
 def data_hash(task, splits=("train", "dev"), data=ROOT / "data"):
@@ -1689,6 +1709,9 @@ def sample(args):
 
     @functools.cache
     def llm():
+        about = json.loads(maker(path).read_text())
+        if about.pop("k", None):  # not finished any more
+            write_json(maker(path), about)
         lm = load_llm(args)
         print(f"{args.model}: {args.shots} exemplars, {'chat template' if lm.chat else 'plain text'}")
         return lm
@@ -1702,11 +1725,10 @@ def sample(args):
         groups = rows("sample train", train, args.k, args.temperature)
         drafts = rows("draft dev", dev, 1, 0.0)
         rows("sample dev", dev, args.k, args.temperature, first=1)
-        if llm.cache_info().currsize:  # something was drawn
-            about = json.loads(maker(path).read_text())
+        about = json.loads(maker(path).read_text())
+        if "k" not in about:  # something was drawn, by this call or one that was stopped at its very end
             seconds = round(about.get("seconds", 0) + time.time() - began, 1)
-            write_json(maker(path), {**about, "k": args.k, "limit": args.limit, "seconds": seconds,
-                                     "peak_memory": peak_memory()})
+            write_json(maker(path), {**about, "k": args.k, "seconds": seconds, "peak_memory": peak_memory()})
     made = [row for group in groups.values() for row in group]
     both = sum(len({row["correct"] for row in group}) == 2 for group in groups.values())
     show_record({"question": train[0]["question"], "gold": train[0]["answer"], **{

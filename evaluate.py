@@ -10,6 +10,7 @@ results.json, table.md, costs.md, results.png (where matplotlib is installed), r
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import subprocess
@@ -144,6 +145,7 @@ def run_stages(args, rows, dev, test):
             record.setdefault(part, {})[key] = kept if name == "samples" else kept[0]
         return {**made_by, name: digest}
 
+    @functools.cache
     def adapter(name):
         """The hash of its weights."""
         about = shelf.about(name)
@@ -474,7 +476,7 @@ def table(results):
         share = ""
         if "art" in by_name:
             price, budget = (total(by_name[row]["cost"], unit_of(results["models"])) for row in (name, "art"))
-            share = f", {price / budget:.0%} of what art costs"
+            share = f", {price / budget:.0%} of what art costs" if budget else ""
         lines.append(f"{name}: {points}; in the table k = {by_name[name]['settings']['k']}{share}.")
     return "\n".join(lines) + "\n"
 

@@ -19,7 +19,7 @@ def contrast(records, samples, tokenizer):
     """[{"rows": token ids of each different answer, "correct": [bool, ...]}] of questions with right and wrong ones."""
     groups = []
     for record in records:
-        answers = {row["text"]: row["correct"] for row in samples.get(record["id"], ())}
+        answers = {row["text"]: row["correct"] for row in samples.get(record["id"], ()) if not row.get("failed")}
         if 0 < sum(answers.values()) < len(answers):
             groups.append({"rows": tokenizer([art.trust_prompt(record, text) for text in answers])["input_ids"],
                            "correct": list(answers.values())})
@@ -61,7 +61,7 @@ def dev_figures(truster, dev, samples):
     hits = []
     for batch in truster.score(dev, texts):
         for index, (scores,) in batch:
-            rows = samples[dev[index]["id"]]
+            rows = [row for row in samples[dev[index]["id"]] if not row.get("failed")]
             hits += [scores[str(a["sample"])] > scores[str(b["sample"])]
                      for a in rows for b in rows if a["correct"] and not b["correct"]]
     return {"pairs": len(hits), "pairwise_accuracy": float(np.mean(hits)) if hits else None}
@@ -100,8 +100,9 @@ def main():
         # what is measured is what a fresh process will load: the adapter on disk, not the one in memory
         figures = dev_figures(art.Truster(folder, about=about), dev, samples)
         art.write_about(folder / "args.json", {**about, **trained, "dev": figures})
-    accuracy = art.show(figures["pairwise_accuracy"])  # "-" where no question of dev has both kinds
-    print(f"{folder}: gets {accuracy} of {figures['pairs']} right/wrong pairs of dev right")
+    accuracy = art.show(figures["pairwise_accuracy"])
+    print(f"{folder}: gets {accuracy} of {figures['pairs']} right/wrong pairs of dev right"
+          + " (no question of dev has both)" * (not figures["pairs"]))
 
 
 if __name__ == "__main__":

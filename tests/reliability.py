@@ -90,10 +90,8 @@ def check(script, kit, expected):
     """Is the outcome of a script the expected one? Else the first difference is told."""
     found = outcome(script, kit.runs)
     if not same(found, expected):
-        name = next((name for name in expected if not same({name: found.get(name)}, {name: expected[name]})), None)
-        pairs = zip(found.get(name) or (), expected[name]) if name else ()
-        raise AssertionError(f"{script}, {name or found.keys() ^ expected.keys()}: "
-                             f"{next((pair for pair in pairs if pair[0] != pair[1]), 'lacking')}")
+        name = next(name for name in expected.keys() | found.keys() if not same(found.get(name), expected.get(name)))
+        raise AssertionError(f"{script}, {name}: {found.get(name)} instead of {expected.get(name)}")
 
 
 def disk(folder):

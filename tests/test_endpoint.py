@@ -281,7 +281,7 @@ def test_one_refused_question_has_failed(command):
             for i in (7, 8, 9)]
     with Server(fault=refuse) as server:
         endpoint = art.Endpoint(server.url, "x", concurrency=1)
-        made = rows_of(art.predict(endpoint, "toy", data))
+        made = rows_of(art.predict(endpoint, "toy", data[::-1]))[::-1]  # refused before anything is answered
         assert [row.get("failed", False) for row in made] == [False, False, True]
         assert [art.verdict("toy", row, "5") for row in made] == [True, True, False]
         asked = rows_of(art.ask(endpoint, "toy", data, [row["text"] for row in made]))
