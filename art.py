@@ -537,11 +537,10 @@ def plan_batches(lengths, budget):
     return batches
 
 
-def finite(numbers, name):
-    """These numbers; refused if one is none, as with fp16 on a card without bf16: it would pass for an answer."""
-    if all(map(math.isfinite, numbers)):
-        return numbers
-    raise UserError(f"{name!r} gives numbers that are not finite: use --bits 32, or another model")
+def require_finite(numbers, name):
+    """Refuse what is no number, as fp16 may give on a card without bf16: it would pass for an answer."""
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"{name!r} gives numbers that are not finite: use --bits 32, or another model")
 
 
 def left_pad(rows, pad, device):
@@ -762,7 +761,7 @@ class LM:
         ended = [False] * count
         for step in range(max_new_tokens + 1):
             whole = logits.logsumexp(-1)
-            finite(whole.tolist(), self.name)
+            require_finite(whole.tolist(), self.name)
             tokens = (logits.argmax(-1) if temperature == 0 else
                       torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0])
             chosen = (logits.gather(1, tokens[:, None])[:, 0] - whole).tolist()
@@ -1149,7 +1148,9 @@ class Truster:
         def work(batch):
             ids, mask = left_pad([row for i in batch for row in rows[i]], self.tokenizer.pad_token_id,
                                  self.model.device)
-            scores, made = iter(finite(score_batch(self.model, ids, mask).tolist(), self.about["model"])), []
+            scores, made = score_batch(self.model, ids, mask).tolist(), []
+            require_finite(scores, self.about["model"])
+            scores = iter(scores)
             for i in batch:
                 score, length = dict(zip(different[i], scores)), dict(zip(different[i], map(len, rows[i])))
                 made.append([{**{name: score[text] for name, text in texts[i].items()},
@@ -1530,6 +1531,11 @@ def load_samples(args, records):
         raise UserError(f"{path} lacks samples of {lacking} of {len(records)} questions: {mend} and the same --limit")
     samples = {record["id"]: sorted(samples[record["id"]], key=lambda row: row["sample"]) for record in records}
     return samples, short_hash(samples)
+
+
+def labels_of(rows):
+    """{text: correct} of the different samples of a question; one that a server refused teaches nothing."""
+    return {row["text"]: row["correct"] for row in rows if not row.get("failed")}
 
 
 def tokens_of(example):

@@ -105,7 +105,10 @@ def stages_of(rows):
 
 
 def run_stages(args, rows, dev, test):
-    """Put what `rows` need into the records of dev and test: candidates, ask, trust. Returns {role: model}."""
+    """Put what `rows` need into the records of dev and test: candidates, ask, trust.
+
+    Returns {role: model} and what made it all: model, data, prompts, flags, hashes of the adapters.
+    """
     shelf, task, needed = art.Shelf(args), args.task, {"initial"} | stages_of(rows)
     llm = art.fingerprint(args, args.model, art.LLM_KEYS)
     settings = {"exemplars": art.load_exemplars(task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
@@ -146,15 +149,21 @@ def run_stages(args, rows, dev, test):
         return {**made_by, name: digest}
 
     @functools.cache
+    def samples_hash(limit):
+        """Of the samples that a training with this --limit learns from."""
+        seen = [record for split in ("train", "dev") for record in art.load_task(task, split, limit, args.data)]
+        return art.load_samples(args, seen)[1]
+
+    @functools.cache
     def adapter(name):
         """The hash of its weights."""
         about = shelf.about(name)
         if not args.adapters:  # it must have learned from the data and the samples that are here now
-            seen = [record for split in ("train", "dev")
-                    for record in art.load_task(task, split, about["limit"], args.data)]
-            now = {"data_sha256": llm["data_sha256"], "samples_sha256": art.load_samples(args, seen)[1]}
-            art.require_same(about, {key: now[key] for key in now.keys() & about.keys()},
-                             f"the adapter in {shelf.folder / name}", "train it again, or name it with --adapters")
+            now = {"data_sha256": llm["data_sha256"]}
+            if "samples_sha256" in about:
+                now["samples_sha256"] = samples_hash(about["limit"])
+            art.require_same(about, now, f"the adapter in {shelf.folder / name}",
+                             "train it again, or name it with --adapters")
         return art.adapter_hash(shelf.folder / name)
 
     def drafts():
@@ -195,10 +204,10 @@ def run_stages(args, rows, dev, test):
     stage("trust", by, records, lambda truster, **how: truster.score(records, list(map(both, records)), **how))
     stage("trust_samples", drawn, test, lambda truster, **how: truster.score(
         test, [{str(i): row["text"] for i, row in enumerate(r["candidates"]["samples"])} for r in test], **how))
-    models = {"llm": args.model}
-    for stage_name in sorted(needed & ADAPTER.keys()):  # what is fine-tuned beside the Asker has its base
-        models.setdefault(BASE[ADAPTER[stage_name]], shelf.about(ADAPTER[stage_name])["model"])
-    return models
+    models, adapters = {"llm": args.model}, {ADAPTER[name] for name in needed & ADAPTER.keys()}
+    for name in sorted(adapters):  # what is fine-tuned beside the Asker has its base
+        models.setdefault(BASE[name], shelf.about(name)["model"])
+    return models, {**llm, "limit": args.limit, "adapters": {name: adapter(name) for name in sorted(adapters)}}
 
 
 # --- The rows: no model is asked any more ---
@@ -412,7 +421,7 @@ def make_rows(args, rows, dev, test, models):
         refine, take = decided[row]
         alone, asker = candidate in ALONE, SUBQUESTIONS.get(candidate)
         asked = asker and any(record["ask"][asker]["subquestions"] for record in test)  # an ablation asks nothing
-        facts = args.facts if not alone else "none" if row not in CURVES or args.facts == "refine" else args.facts
+        facts = args.facts if not alone or row in CURVES and args.facts == "both" else "none"  # samples are drafts
         results[row] = result = {"row": row, "settings": {
             "strategy": strategies.get(row, args.strategy), "ask": None if alone else decides,
             "subquestions": asker if asked else None, "trust": CURVES.get(row) if alone else chooses, "facts": facts,
@@ -648,7 +657,7 @@ def main():
     dev, test = (art.load_task(args.task, split, args.limit, args.data) for split in ("dev", "test"))
     rows, lacking = choose_rows(args)
     with art.lock(folder):
-        used = run_stages(args, rows, dev, test)
+        used, made_by = run_stages(args, rows, dev, test)
         models = {name: {"model": model, "parameters": None if name == "llm" and args.base_url else
                          art.parameters(model)} for name, model in used.items()}
         if "logprob_choice" in rows and not has_logprobs(dev + test):
@@ -659,9 +668,7 @@ def main():
         results = {
             "task": args.task, "models": models, "n": len(test), "seed": args.seed, **art.provenance(),
             "data_sha256": art.data_hash(args.task, ["train", "dev", "test"], args.data),
-            "made_by": {**art.fingerprint(args, args.model, art.LLM_KEYS), "limit": args.limit, "adapters": {
-                name: art.adapter_hash(art.Shelf(args).folder / name)
-                for name in sorted({ADAPTER[stage] for stage in stages_of(rows) & ADAPTER.keys()})}},
+            "made_by": made_by,
             "seconds": round(time.time() - began, 1), "peak_memory": art.peak_memory(),
             "training": training_costs(args, models),
             "decision": {name: {"auc": art.auc([r["ask"][name]["p_refine"] for r in test], wrong)}
@@ -670,8 +677,8 @@ def main():
         path = folder / "results.json"
         before = json.loads(path.read_text()) if path.is_file() else {}
         if all(before.get(key) == results[key] for key in ("made_by", "models", "n", "data_sha256", "rows")):
-            made_by = ("commit", "versions", "seconds", "peak_memory")
-            results |= {key: before[key] for key in made_by if key in before}
+            kept = ("commit", "versions", "seconds", "peak_memory")
+            results |= {key: before[key] for key in kept if key in before}
         if "art" in takes:
             for record, taken in zip(test, takes["art"]):
                 record["final"] = record["candidates"]["refined" if taken else "initial"]["answer"]

@@ -40,8 +40,7 @@ def ask_examples(records, samples, subquestions, tokenizer, decision_ids, end_to
     """
     examples, labels = [], []
     for record in records:
-        drafts = {row["text"]: row["correct"] for row in samples.get(record["id"], ()) if not row.get("failed")}
-        for draft, correct in drafts.items():
+        for draft, correct in art.labels_of(samples.get(record["id"], ())).items():
             asked = subquestions[record["id"]]
             prompt, text = art.ask_prompt(record, draft), art.ask_target(asked, not correct)
             if end_to_end:

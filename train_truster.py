@@ -19,7 +19,7 @@ def contrast(records, samples, tokenizer):
     """[{"rows": token ids of each different answer, "correct": [bool, ...]}] of questions with right and wrong ones."""
     groups = []
     for record in records:
-        answers = {row["text"]: row["correct"] for row in samples.get(record["id"], ()) if not row.get("failed")}
+        answers = art.labels_of(samples.get(record["id"], ()))
         if 0 < sum(answers.values()) < len(answers):
             groups.append({"rows": tokenizer([art.trust_prompt(record, text) for text in answers])["input_ids"],
                            "correct": list(answers.values())})
