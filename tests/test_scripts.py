@@ -156,8 +156,8 @@ def test_fresh_process_gives_equal_logits(kit):
     folder = kit.runs / "toy/default"
     text = art.load_task("toy", "dev", data=kit.data)[0]["question"]
     command = [sys.executable, "-c", LOAD_AND_SCORE, str(folder), text]
-    once, again = (subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-                   for _ in range(2))
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    once, again = (process.communicate()[0] for process in processes)
     assert once == again
     base = art.load_scorer("data/toy/base", 4, seed=123)  # another seed: a head that was lost would show
     fresh = art.PeftModel.from_pretrained(base, folder / "truster").eval()
