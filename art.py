@@ -1534,7 +1534,11 @@ def load_samples(args, records):
 
 
 def labels_of(rows):
-    """{text: correct} of the different samples of a question; one that a server refused teaches nothing."""
+    """{text: correct} of the different samples of a question; one that a server refused teaches nothing.
+
+    >>> labels_of([{"text": "#### 4", "correct": True}, {"text": "", "correct": False, "failed": True}])
+    {'#### 4': True}
+    """
     return {row["text"]: row["correct"] for row in rows if not row.get("failed")}
 
 

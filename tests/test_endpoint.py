@@ -290,6 +290,20 @@ def test_one_refused_question_has_failed(command):
         rows_of(art.predict(art.Endpoint(server.url, "x"), "toy", data[2:]))  # nothing was answered: no one is to blame
 
 
+def test_many_refused_questions_end_the_run():
+    """One answer, then eleven refusals in a row: it is not the questions, it is the request."""
+    def refuse(number, body):
+        return (None, None) if number == 1 else (400, {"error": {"message": "no more today"}})
+
+    data = [{**RECORD, "id": f"{i}"} for i in range(20)]
+    with Server(fault=refuse) as server:
+        made = art.predict(art.Endpoint(server.url, "x", concurrency=1), "toy", data)
+        done = [next(made) for _ in range(11)]
+        assert [several[0].get("failed", False) for batch in done for _, several in batch] == [False] + 10 * [True]
+        with pytest.raises(art.UserError, match="no more today"):
+            next(made)
+
+
 def test_error_does_not_wait_for_other_requests():
     """Requests that hang keep neither the error nor the end of the process waiting."""
     hang = threading.Event()

@@ -185,10 +185,12 @@ def test_asker_loss_is_on_the_target_alone(lm):
     assert share == 0.5 and len(examples) == 4
     alone, _ = train_asker.ask_examples(records, samples, {"a": [], "b": []}, tokenizer, ids)
     assert tokenizer.decode(alone[0]["target"], skip_special_tokens=True) == "Refine: Yes"
-    whole, _ = train_asker.ask_examples([{**record, "answer": "2"} for record in records], samples, asked, tokenizer,
-                                        ids, end_to_end=True)
+    more = {i: [*rows, {"text": "#### 3", "correct": False}] for i, rows in samples.items()}
+    whole, _ = train_asker.ask_examples([{**record, "answer": "2"} for record in records], more, asked, tokenizer, ids,
+                                        end_to_end=True)
     assert tokenizer.decode(whole[0]["target"], skip_special_tokens=True) == (
         "#### 1\nSub-questions:\nHow many pens?\nRefine: Yes\nRevised answer:\n1 + 1 = 2\n#### 2")
+    assert {example["weight"] for example in whole} == {1.0}  # the decision is text here: its prior stays
     for example in examples:
         assert tokenizer.decode([example["target"][example["decision"]]]).strip() in ("Yes", "No")
         assert example["target"][-1] == tokenizer.eos_token_id

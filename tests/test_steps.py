@@ -188,6 +188,25 @@ def test_out_of_memory_halves_the_batch(lm, monkeypatch, capsys):
     assert "halved" in capsys.readouterr().err
 
 
+def test_out_of_memory_halves_the_trusters_batch(kit, monkeypatch, capsys):
+    truster, score_batch = art.Truster(kit.runs / "toy/default/truster"), art.score_batch
+    records = [{"question": f"Ann picked {i} pens. How many?"} for i in range(4)]
+    texts = [{"initial": f"#### {i}", "refined": f"She picked {i}.\n#### {i + 1}"} for i in range(4)]
+
+    def small(model, ids, mask):
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("simulated")
+        return score_batch(model, ids, mask)
+
+    def scores():
+        made = dict(pair for batch in truster.score(records, texts) for pair in batch)
+        return [made[i][0][name] for i in range(4) for name in texts[i]]
+
+    expected = scores()
+    monkeypatch.setattr(art, "score_batch", small)
+    assert scores() == pytest.approx(expected, abs=1e-3) and "halved" in capsys.readouterr().err
+
+
 def test_decision_is_read_in_the_same_pass(lm):
     """p_refine equals the softmax over Yes and No behind the text that was written, asked in a second pass."""
     record = {"question": "Ann picked 7 pens. Ben picked 2 fewer pens than Ann. How many pens did Ben pick?"}
