@@ -310,18 +310,20 @@ def test_second_process_is_refused(monkeypatch, capsys, copy):
 
 
 
-def test_two_processes_train_like_one(copy):
+def test_two_processes_train_like_one(copy, monkeypatch, capsys):
     """Under torchrun, the same loss as one process with twice the accumulation; one process alone prints and writes."""
     folder, flags = copy
-    flags = [ROOT / "train_asker.py", *flags, "--limit", "20", "--batch-size", "1", "--task-epochs", "1",
-             "--epochs", "0.1"]
-    launch, about = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"], {}
-    for run, before, after in (("two", launch, ["1"]), ("one", [], ["2"])):
-        command = [sys.executable, *before, *flags, "--run", run, "--accumulate", *after]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+    flags = [*flags, "--limit", "20", "--batch-size", "1", "--task-epochs", "1", "--epochs", "0.1"]
+    flags = [str(flag) for flag in (ROOT / "train_asker.py", *flags)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    done = subprocess.run([*launch, *flags, "--run", "two", "--accumulate", "1"], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", [*flags, "--run", "one", "--accumulate", "2"])
+    art.run(train_asker.main)
+    about = {}
+    for run, out in (("two", done.stdout), ("one", capsys.readouterr().out)):
         about[run] = json.loads((folder / f"runs/toy/{run}/finetuned/args.json").read_text())
-        assert done.stdout.count("drafts of dev") == 1 and (folder / f"runs/toy/{run}/asker/args.json").is_file()
+        assert out.count("drafts of dev") == 1 and (folder / f"runs/toy/{run}/asker/args.json").is_file()
     assert about["two"]["steps"] == about["one"]["steps"] == 10
     assert about["two"]["loss"] == pytest.approx(about["one"]["loss"], rel=1e-4)
