@@ -1,8 +1,8 @@
 """What is too slow for the test suite: 20 kills a script, a small disk, the whole kit twice. See RELIABILITY.md.
 
-    python tests/reliability.py kills      # about an hour on two busy cores; --script evaluate: of that one alone
-    python tests/reliability.py disk       # 20 minutes; needs the right to mount, for a file system of its own
-    python tests/reliability.py twice      # 5 minutes
+    python tests/reliability.py kills      # 26 minutes, an hour on a slower CPU; --script evaluate: of that one alone
+    python tests/reliability.py disk       # 4 minutes, 20 on a slower CPU; needs the right to mount
+    python tests/reliability.py twice      # 3 to 5 minutes
 
 Everything happens in a temporary folder, or in --folder, on 40 toy questions a split.
 """
