@@ -239,17 +239,11 @@ def columns(task, records):
 
 def outcome(row, right, p, takes, threshold):
     """(decides to refine, takes the refinement) of a row, arrays (n,) of bool."""
-    decides, candidate, chooses = ROWS[row]
-    if decides is None:
-        refine = np.zeros_like(right["initial"])
-    elif decides == "always":
-        refine = np.ones_like(right["initial"])
-    elif decides == "oracle":
-        refine = ~right["initial"]
-    else:
-        refine = p[decides] >= threshold
+    (decides, candidate, chooses), initial = ROWS[row], right["initial"]
+    known = {None: np.zeros_like(initial), "always": np.ones_like(initial), "oracle": ~initial}
+    refine = known[decides] if decides in known else p[decides] >= threshold
     if chooses == "oracle":
-        return refine, refine & right[candidate] & ~right["initial"]
+        return refine, refine & right[candidate] & ~initial
     return refine, refine & takes[chooses] if chooses in takes else refine
 
 
