@@ -149,19 +149,14 @@ def run_stages(args, rows, dev, test):
         return {**made_by, name: digest}
 
     @functools.cache
-    def samples_hash(limit):
-        """Of the samples that a training with this --limit learns from."""
-        seen = [record for split in ("train", "dev") for record in art.load_task(task, split, limit, args.data)]
-        return art.load_samples(args, seen)[1]
-
-    @functools.cache
     def adapter(name):
         """The hash of its weights."""
         about = shelf.about(name)
         if not args.adapters:  # it must have learned from the data and the samples that are here now
             now = {"data_sha256": llm["data_sha256"]}
             if "samples_sha256" in about:
-                now["samples_sha256"] = samples_hash(about["limit"])
+                seen = [r for split in ("train", "dev") for r in art.load_task(task, split, about["limit"], args.data)]
+                now["samples_sha256"] = art.load_samples(args, seen)[1]
             art.require_same(about, now, f"the adapter in {shelf.folder / name}",
                              "train it again, or name it with --adapters")
         return art.adapter_hash(shelf.folder / name)
