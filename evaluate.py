@@ -161,14 +161,11 @@ def run_stages(args, rows, dev, test):
                              "train it again, or name it with --adapters")
         return art.adapter_hash(shelf.folder / name)
 
-    def drafts():
-        return [record["candidates"]["initial"]["text"] for record in records]
-
     def asked(name):
         return [record["ask"][name]["subquestions"] for record in records]
 
-    def both(record):
-        return {name: record["candidates"][name]["text"] for name in ("initial", "refined")}
+    def pairs():
+        return [{name: r["candidates"][name]["text"] for name in ("initial", "refined")} for r in records]
 
     alone = {**llm, "test": art.data_hash(task, ["test"], args.data)}
     drawing = {key: sampling[key] for key in ("seed", "temperature")}  # as the samples of train, for all runs
@@ -180,11 +177,11 @@ def run_stages(args, rows, dev, test):
     by = {**alone, "drafts": art.short_hash([samples[record["id"]][0] for record in dev])}
     by = stage("initial", by, test, lambda lm, **how: art.predict(
         lm, task, test, strategy=args.strategy, facts=args.facts == "both", **settings, **how))
-    by_self = stage("ask_self", by, records, lambda lm, **how: art.ask(
-        lm, task, records, drafts(), **settings, **how))
+    drafts = [record["candidates"]["initial"]["text"] for record in records]
+    by_self = stage("ask_self", by, records, lambda lm, **how: art.ask(lm, task, records, drafts, **settings, **how))
     stage("refined_self", by_self, records, lambda lm, **how: art.refine(
-        lm, task, records, drafts(), asked("self"), **supported, **how))
-    stage("refined_plain", by, records, lambda lm, **how: art.refine(lm, task, records, drafts(), **supported, **how))
+        lm, task, records, drafts, asked("self"), **supported, **how))
+    stage("refined_plain", by, records, lambda lm, **how: art.refine(lm, task, records, drafts, **supported, **how))
     stage("finetuned", alone, test, lambda lm, **how: art.predict(
         lm, task, test, strategy=shelf.about("finetuned")["strategy"], **how, **(
             settings if shelf.about("finetuned")["task"] != task else  # of another task: it is shown what `initial` is
@@ -192,17 +189,17 @@ def run_stages(args, rows, dev, test):
     stage("end_to_end", alone, test, lambda lm, **how: art.end_to_end(  # a draft, sub-questions and a revised answer
         lm, task, test, max_new_tokens=3 * args.max_new_tokens, **how))
     by = stage("ask", by, records, lambda lm, **how: art.ask(
-        lm, task, records, drafts(), shift=shelf.about("asker")["shift"], max_new_tokens=args.max_new_tokens, **how))
+        lm, task, records, drafts, shift=shelf.about("asker")["shift"], max_new_tokens=args.max_new_tokens, **how))
     by = stage("refined", by, records, lambda lm, **how: art.refine(
-        lm, task, records, drafts(), asked("asker"), **supported, **how))
-    stage("trust_self", by, records, lambda lm, **how: art.choose(lm, records, list(map(both, records)), **how))
-    stage("trust", by, records, lambda truster, **how: truster.score(records, list(map(both, records)), **how))
+        lm, task, records, drafts, asked("asker"), **supported, **how))
+    stage("trust_self", by, records, lambda lm, **how: art.choose(lm, records, pairs(), **how))
+    stage("trust", by, records, lambda truster, **how: truster.score(records, pairs(), **how))
     stage("trust_samples", drawn, test, lambda truster, **how: truster.score(
         test, [{str(i): row["text"] for i, row in enumerate(r["candidates"]["samples"])} for r in test], **how))
-    models, adapters = {"llm": args.model}, {ADAPTER[name] for name in needed & ADAPTER.keys()}
-    for name in sorted(adapters):  # what is fine-tuned beside the Asker has its base
+    models, adapters = {"llm": args.model}, sorted({ADAPTER[name] for name in needed & ADAPTER.keys()})
+    for name in adapters:  # what is fine-tuned beside the Asker has its base
         models.setdefault(BASE[name], shelf.about(name)["model"])
-    return models, {**llm, "limit": args.limit, "adapters": {name: adapter(name) for name in sorted(adapters)}}
+    return models, {**llm, "limit": args.limit, "adapters": {name: adapter(name) for name in adapters}}
 
 
 # --- The rows: no model is asked any more ---
