@@ -266,8 +266,7 @@ def pick(record, row, k):
         return samples[max(range(len(samples)), key=lambda i: record["trust"]["samples"][str(i)])]
     whole = [sample for sample in samples if sample["answer"] is not None and sample["stopped"]]
     votes = collections.Counter(sample["answer"] for sample in whole)
-    best = max(votes, key=votes.get, default=None)  # the earlier one among equals
-    return next((sample for sample in whole if sample["answer"] == best), samples[0])
+    return max(whole, key=lambda sample: votes[sample["answer"]], default=samples[0])  # the earliest among equals
 
 
 def add_curve(args, row, test, models, budget):
