@@ -396,7 +396,7 @@ def make_rows(args, rows, dev, test, models):
             decided[row] = np.full(n, gate.mean()), None
             correct[row] = (1 - gate.mean()) * initial + gate.mean() * right[candidate]
         else:
-            decided[row] = refine, take = outcome(row, right, *on_test[1:], thresholds[row])
+            decided[row] = refine, take = outcome(row, *on_test, thresholds[row])
             correct[row] = np.where(take, right[candidate or "initial"], initial)
     results, strategies = {}, {"end_to_end": "cot"}  # of rows that do not take the flag
     if "finetuned" in rows:
@@ -653,8 +653,7 @@ def main():
         results = {
             "task": args.task, "models": models, "n": len(test), "seed": args.seed, **art.provenance(),
             "data_sha256": art.data_hash(args.task, ["train", "dev", "test"], args.data),
-            "made_by": made_by,
-            "seconds": round(time.time() - began, 1), "peak_memory": art.peak_memory(),
+            "made_by": made_by, "seconds": round(time.time() - began, 1), "peak_memory": art.peak_memory(),
             "training": training_costs(args, models),
             "decision": {name: {"auc": art.auc([r["ask"][name]["p_refine"] for r in test], wrong)}
                          for name in test[0].get("ask", ())},
@@ -662,8 +661,7 @@ def main():
         path = folder / "results.json"
         before = json.loads(path.read_text()) if path.is_file() else {}
         if all(before.get(key) == results[key] for key in ("made_by", "models", "n", "data_sha256", "rows")):
-            kept = ("commit", "versions", "seconds", "peak_memory")
-            results |= {key: before[key] for key in kept if key in before}
+            results |= {key: before[key] for key in ("commit", "versions", "seconds", "peak_memory") if key in before}
         if "art" in takes:
             for record, taken in zip(test, takes["art"]):
                 record["final"] = record["candidates"]["refined" if taken else "initial"]["answer"]
@@ -676,8 +674,8 @@ def main():
         picture(results, folder / "results.png")
         art.write_json(path, results)
     print("\n".join([table(results) + paper(results), cost_table(results, args.gpu_hour_price)]))
-    written = [path.name for path in folder.glob("[a-z]*.*")]
-    print(f"{folder}: {', '.join(sorted(written))} ({results['seconds']:.0f} s)")
+    written = sorted(path.name for path in folder.glob("[a-z]*.*"))
+    print(f"{folder}: {', '.join(written)} ({results['seconds']:.0f} s)")
 
 
 if __name__ == "__main__":
