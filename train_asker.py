@@ -111,6 +111,13 @@ def asker_loss(model, inputs):
     return loss
 
 
+def train_adapter(args, tokenizer, examples, folder, epochs, start=None):
+    """Show an example as the model sees it and train one adapter, from `start` if given; returns figures of it."""
+    art.show_record({f"example, {part}": tokenizer.decode(examples[0][part]) for part in ("prompt", "target")})
+    model = art.add_lora(art.load_base(args.asker_model, args.bits), art.TaskType.CAUSAL_LM, args.rank, start)
+    return art.fine_tune(model, examples, make_collate(tokenizer.pad_token_id), asker_loss, args, folder, epochs)
+
+
 def dev_figures(args, lm, folder, dev, drafts, shift):
     """Decisions of the trained Asker on the greedy drafts of dev, and two decoded examples."""
     texts = [drafts[record["id"]]["text"] for record in dev]
@@ -162,15 +169,11 @@ def main():
     tokenizer = art.load_tokenizer(args.asker_model)
     decision_ids = {tokenizer(f"{art.DECISION} {word}", add_special_tokens=False)["input_ids"][-1]
                     for word in ("Yes", "No")}
-    collate = make_collate(tokenizer.pad_token_id)
     with art.lock(folder):
         if args.task_epochs and not art.already_trained(folder / "finetuned", task_about):
             examples = art.drop_long(task_examples(train, tokenizer, task_about["strategy"]), args.max_length)
-            show_example(tokenizer, examples[0])
-            model = art.add_lora(art.load_base(args.asker_model, args.bits), art.TaskType.CAUSAL_LM, args.rank)
-            trained = art.fine_tune(model, examples, collate, asker_loss, args, folder / "finetuned", args.task_epochs)
+            trained = train_adapter(args, tokenizer, examples, folder / "finetuned", args.task_epochs)
             art.write_about(folder / "finetuned/args.json", {**task_about, **trained})
-            del model
         asker_about = {**about, "stage": name, "epochs": args.epochs, "samples_sha256": samples_hash,
                        "subquestions": args.subquestions, "subquestions_sha256": subquestions_hash}
         if art.already_trained(folder / name, asker_about):
@@ -178,14 +181,10 @@ def main():
         examples, share = ask_examples(train, samples, subquestions, tokenizer, decision_ids, args.end_to_end)
         examples = art.drop_long(examples, args.max_length)
         print(f"{len(examples)} drafts of {len(train)} questions, {share:.1%} wrong")
-        show_example(tokenizer, examples[0])
-        base = art.load_base(args.asker_model, args.bits)
         start = folder / "finetuned" if args.task_epochs else None
-        model = art.add_lora(base, art.TaskType.CAUSAL_LM, args.rank, start)
-        trained = art.fine_tune(model, examples, collate, asker_loss, args, folder / name, args.epochs)
+        trained = train_adapter(args, tokenizer, examples, folder / name, args.epochs, start)
         if art.RANK:
             return
-        del model, base
         if args.end_to_end:
             art.write_about(folder / name / "args.json", {**asker_about, **trained})
             print(f"{folder / name}: loss {art.show(trained['loss'], '.3f')}; its row: python evaluate.py --rows all")
@@ -199,11 +198,6 @@ def main():
           f"{art.show(figures['auc'], '.3f')}; at the threshold that is best there {figures['decision_accuracy']:.1%} "
           f"of the decisions right, precision {art.show(figures['precision'])}, recall {art.show(figures['recall'])}; "
           f"gold sub-questions word for word {figures['gold_subquestions']:.1%}")
-
-
-def show_example(tokenizer, example):
-    """One full training example, as the model sees it."""
-    art.show_record({f"example, {part}": tokenizer.decode(example[part]) for part in ("prompt", "target")})
 
 
 if __name__ == "__main__":
