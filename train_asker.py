@@ -118,26 +118,25 @@ def train_adapter(args, tokenizer, examples, folder, epochs, start=None):
     return art.fine_tune(model, examples, make_collate(tokenizer.pad_token_id), asker_loss, args, folder, epochs)
 
 
-def dev_figures(args, lm, folder, dev, drafts, shift):
+def dev_figures(args, lm, folder, dev, samples, shift):
     """Decisions of the trained Asker on the greedy drafts of dev, and two decoded examples."""
-    texts = [drafts[record["id"]]["text"] for record in dev]
-    wrong = np.array([not drafts[record["id"]]["correct"] for record in dev])
+    drafts = [samples[record["id"]][0] for record in dev]
+    wrong = np.array([not draft["correct"] for draft in drafts])
     lm.add_adapter("asker", folder)
     length = json.loads(art.maker(args.runs / args.task / "samples.jsonl").read_text())["max_new_tokens"]  # the LLM's
     art.claim(folder / "dev.jsonl", {"adapter": art.adapter_hash(folder)})
     with lm.use("asker"):
-        rows = art.stage(folder / "dev.jsonl", "ask dev", [record["id"] for record in dev],
-                         lambda done: art.ask(lm, args.task, dev, texts, shift=shift, done=done,
-                                              max_new_tokens=length))
-    asked = [rows[record["id"]][0] for record in dev]
+        rows = art.stage(folder / "dev.jsonl", "ask dev", [record["id"] for record in dev], lambda done: art.ask(
+            lm, args.task, dev, [draft["text"] for draft in drafts], shift=shift, done=done, max_new_tokens=length))
+    asked = [row for (row,) in rows.values()]
     p = np.array([row["p_refine"] for row in asked])
     threshold = art.best_threshold(p, np.where(wrong, 1, -1))
     yes = p >= threshold
     exact = np.mean([row["subquestions"] == art.subquestions_of(record) for row, record in zip(asked, dev)])
-    for record, row in list(zip(dev, asked))[:2]:
-        art.show_record({"question": record["question"], "draft": drafts[record["id"]]["text"],
+    for record, draft, row in list(zip(dev, drafts, asked))[:2]:
+        art.show_record({"question": record["question"], "draft": draft["text"],
                          "sub-questions": "\n".join(row["subquestions"]), "p_refine": f"{row['p_refine']:.2f}",
-                         "the draft was": "right" if drafts[record["id"]]["correct"] else "wrong"})
+                         "the draft was": "right" if draft["correct"] else "wrong"})
     return {"n": len(dev), "wrong_drafts": float(wrong.mean()), "decision_accuracy": float(np.mean(yes == wrong)),
             "auc": art.auc(p, wrong), "precision": float(wrong[yes].mean()) if yes.any() else None,
             "recall": float(yes[wrong].mean()) if wrong.any() else None, "threshold": threshold,
@@ -191,7 +190,7 @@ def main():
             return
         shift = math.log(share / (1 - share))
         lm = art.LM(args.asker_model, args.bits, art.PRESETS[args.preset]["all"]["batch_tokens"], chat="no")
-        figures = dev_figures(args, lm, folder / "asker", dev, {name: rows[0] for name, rows in samples.items()}, shift)
+        figures = dev_figures(args, lm, folder / "asker", dev, samples, shift)
         art.write_about(folder / "asker/args.json", {
             **asker_about, **trained, "shift": shift, "threshold": figures["threshold"], "dev": figures})
     print(f"{folder / 'asker'}: on {figures['n']} greedy drafts of dev, {figures['wrong_drafts']:.1%} wrong, AUC "
