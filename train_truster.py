@@ -89,14 +89,13 @@ def main():
         groups = art.drop_long(groups, args.max_length)
         art.show_record({f"example, {'right' if correct else 'wrong'}": tokenizer.decode(row)
                          for row, correct in zip(groups[0]["rows"], groups[0]["correct"])})
-        base = art.load_scorer(args.truster_model, args.bits, args.seed)
-        model = art.add_lora(base, art.TaskType.SEQ_CLS, args.rank)
+        model = art.add_lora(art.load_scorer(args.truster_model, args.bits, args.seed), art.TaskType.SEQ_CLS, args.rank)
         art.check_scorer(model)
         collate = make_collate(tokenizer.pad_token_id)
         trained = art.fine_tune(model, groups, collate, truster_loss, args, folder, args.epochs)
         if art.RANK:
             return
-        del model, base
+        del model
         # what is measured is what a fresh process will load: the adapter on disk, not the one in memory
         figures = dev_figures(art.Truster(folder, about=about), dev, samples)
         art.write_about(folder / "args.json", {**about, **trained, "dev": figures})
