@@ -118,12 +118,11 @@ def make_split(name, size, seed, taken):
     while len(records) < size:
         problem = draw_problem(rng)
         question = problem.text()
-        if question in taken or for_pretraining(question):
-            continue
-        taken.add(question)
-        solution, answer = solve(problem, Reading())
-        records.append({"id": f"toy-{name}-{len(records)}", "question": question, "answer": answer,
-                        "solution": solution})
+        if question not in taken and not for_pretraining(question):
+            taken.add(question)
+            solution, answer = solve(problem, Reading())
+            records.append({"id": f"toy-{name}-{len(records)}", "question": question, "answer": answer,
+                            "solution": solution})
     return records
 
 

@@ -31,8 +31,8 @@ OVERDOING = 0.85  # chance that a reviser adds a basket nobody asked about
 KINDS = {"predict": 30, "decomp": 12, "check": 14, "refine": 24, "refine_plain": 8, "choose": 4, "mark": 8}  # per cent
 
 
-def read(rng, rate, basket=0.03):
-    """A reading in which each trap catches with the given rate."""
+def read(rng, rate, basket):
+    """A reading in which each trap catches with the given rate, and the basket with its own."""
     return Reading((rng.random() < rate, rng.random() < rate), rng.random() < rate, rng.random() < rate,
                    rng.random() < basket)
 
