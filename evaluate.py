@@ -58,6 +58,7 @@ ADAPTER = {"ask": "asker", "trust": "truster", "trust_samples": "truster",  # th
 BASE = {"asker": "asker", "finetuned": "asker", "end_to_end": "asker", "truster": "truster"}  # an adapter's model
 LEARNS_FROM = {"finetuned": [], "asker": ["samples", "finetuned"], "truster": ["samples"],  # what is made before it
                "end_to_end": ["samples", "finetuned"]}
+ACCURACY = "{:.1%} ({:.1%} to {:.1%})"  # with its interval
 COMPUTED = "fine-tuning a 70 B model (computed)"  # training alone
 PLACES = {"ask": ("ask", "asker"), "ask_self": ("ask", "self"), "trust": ("trust", "truster"),  # in the record
           "trust_self": ("trust", "self"), "trust_samples": ("trust", "samples")}
@@ -447,7 +448,6 @@ def table(results):
             "same answer", "unparsed", "cut off", "failed", "tokens"]
     rows = []
     for row in results["rows"]:
-        low, high = row["ci95"]
         versus = [art.show(compared and compared[key], form) for compared in (row["vs_initial"], row["vs_self_refine"])
                   for key, form in (("delta", "+.1%"), ("p", ".2g"))]
         flips = [art.show(row["flips"] and row["flips"][key], "d") for key in ("wrong_right", "right_wrong")]
@@ -455,7 +455,7 @@ def table(results):
         tokens = sum(c["prompt_tokens"] + c["tokens"] for c in row["cost"].values())
         if row["row"] == "oracle_gate":
             rows.append(["*upper bounds, which look at the gold answer:*"])
-        rows.append([row["row"], f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})", *versus, *flips,
+        rows.append([row["row"], ACCURACY.format(row["accuracy"], *row["ci95"]), *versus, *flips,
                      f"{row['refined_share']:.0%}", art.show(row["same_answer"], ".0%"), *counts, f"{tokens:.0f}"])
     rows += [[row, f"not available: {reason}"] for row, reason in results["not_available"].items()]
     lines = [markdown(head, rows), "", f"{results['n']} questions, seed {results['seed']}. Mended and broken: wrong "
@@ -590,8 +590,7 @@ def grid(names, runs):
             how = row["settings"]
             if row["row"] in ("initial", "refine_always") or how["ask"] in ("self", "asker"):
                 cells = [how[key] or "-" for key in ("strategy", "subquestions", "ask", "trust")]
-                low, high = row["ci95"]
-                lines.append([name, *cells, f"{row['accuracy']:.1%} ({low:.1%} to {high:.1%})"])
+                lines.append([name, *cells, ACCURACY.format(row["accuracy"], *row["ci95"])])
     return markdown(["run", "strategy", "sub-questions", "who asks", "who trusts", "accuracy (95%)"], lines)
 
 
