@@ -107,6 +107,9 @@ def load_task(task, split, limit=None, data=ROOT / "data"):
     for number, record in enumerate(records, 1):
         if missing := {"id", "question", "answer"} - record.keys():
             raise UserError(f"{path}, line {number}: no {', '.join(sorted(missing))} in this record")
+        if not re.fullmatch(GOLD[TASKS[task]["answer"]], str(record["answer"])):  # else a part might pass for it
+            raise UserError(f"{path}, line {number}: the answer {record['answer']!r} is not a {TASKS[task]['answer']} "
+                            "and nothing else; write it so")
     return records
 
 
@@ -180,10 +183,10 @@ def near_duplicates(records, others):
 def normalise(text):
     """Text as it is compared when splits are checked for overlap.
 
-    >>> normalise("How many  eggs?")
-    'how many eggs'
+    >>> normalise("How many  eggs are 2 + 3?")
+    'how many eggs are 2 + 3'
     """
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    return " ".join(re.findall(r"\w+|[+*/=<>^]", text.casefold()))
 
 
 def read_jsonl(path, mend="", journal=False):
@@ -265,6 +268,8 @@ _DIGITS = r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.]
 _NUMBER = re.compile(  # not an exponent (m^2, m^{2}); sign; the 3 of 3 1/2; number; denominator
     r"(?<![0-9^])(?<!\^\{)" + _SIGN + r"(?:([0-9]+) (?=[0-9]+ ?/ ?[0-9]))?" + _DIGITS + "(?: ?/ ?" + _DIGITS + ")?"
 )
+
+GOLD = {"number": _NUMBER, "yes/no": "yes|no"}  # what a gold answer has to look like
 
 
 def _plain(text):

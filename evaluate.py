@@ -380,7 +380,7 @@ def cost_table(results, hour_price=None):
 def make_rows(args, rows, dev, test, models):
     """({row: its dictionary in results.json}, {row: takes the refinement}, curves, sweeps).
 
-    Thresholds come from dev, everything else from test.
+    Thresholds come from dev, everything else from test, whose records get {row: is it right} as "right".
     """
     on_dev, on_test = columns(args.task, dev), columns(args.task, test)
     right, initial, n = on_test[0], on_test[0]["initial"], len(test)
@@ -399,6 +399,8 @@ def make_rows(args, rows, dev, test, models):
         else:
             decided[row] = refine, take = outcome(row, *on_test, thresholds[row])
             correct[row] = np.where(take, right[candidate or "initial"], initial)
+    for number, record in enumerate(test):  # for tests between any two rows
+        record["right"] = {row: bool(correct[row][number]) for row in rows if decided[row][1] is not None}
     results, strategies = {}, {"end_to_end": "cot"}  # of rows that do not take the flag
     if "finetuned" in rows:
         strategies["finetuned"] = art.Shelf(args).about("finetuned")["strategy"]
@@ -458,9 +460,9 @@ def table(results):
         rows.append([row["row"], ACCURACY.format(row["accuracy"], *row["ci95"]), *versus, *flips,
                      f"{row['refined_share']:.0%}", art.show(row["same_answer"], ".0%"), *counts, f"{tokens:.0f}"])
     rows += [[row, f"not available: {reason}"] for row, reason in results["not_available"].items()]
-    lines = [markdown(head, rows), "", f"{results['n']} questions, seed {results['seed']}. Mended and broken: wrong "
-             "drafts made right, right drafts made wrong. Unparsed, cut off and failed answers count as wrong. Tokens: "
-             "read and written by all models, per question."]
+    lines = [markdown(head, rows), "", f"{results['n']} questions, seed {results['seed']}, thresholds set on "
+             f"{results['n_dev']} others (dev). Mended and broken: wrong drafts made right, right drafts made wrong. "
+             "Unparsed, cut off and failed answers count as wrong. Tokens: read and written by all models, a question."]
     if results["decision"]:
         lines.append("Decision to refine, AUC: " + ", ".join(
             f"{name} {art.show(value['auc'], '.3f')}" for name, value in results["decision"].items()) + ".")
@@ -650,7 +652,8 @@ def main():
         made, takes, curves, sweeps = make_rows(args, rows, dev, test, models)
         wrong = ~verdicts(args.task, test, "initial")
         results = {
-            "task": args.task, "models": models, "n": len(test), "seed": args.seed, **art.provenance(),
+            "task": args.task, "models": models, "n": len(test), "n_dev": len(dev), "seed": args.seed,
+            **art.provenance(),
             "data_sha256": art.data_hash(args.task, ["train", "dev", "test"], args.data),
             "made_by": made_by, "seconds": round(time.time() - began, 1), "peak_memory": art.peak_memory(),
             "training": training_costs(args, models),
@@ -659,7 +662,7 @@ def main():
             "rows": list(made.values()), "not_available": lacking, "curves": curves, "sweeps": sweeps}
         path = folder / "results.json"
         before = json.loads(path.read_text()) if path.is_file() else {}
-        if all(before.get(key) == results[key] for key in ("made_by", "models", "n", "data_sha256", "rows")):
+        if all(before.get(key) == results[key] for key in ("made_by", "models", "n", "n_dev", "data_sha256", "rows")):
             results |= {key: before[key] for key in ("commit", "versions", "seconds", "peak_memory") if key in before}
         if "art" in takes:
             for record, taken in zip(test, takes["art"]):

@@ -131,7 +131,8 @@ def dev_figures(args, lm, folder, dev, samples, shift):
     p = np.array([row["p_refine"] for row in asked])
     threshold = art.best_threshold(p, np.where(wrong, 1, -1))
     yes = p >= threshold
-    exact = np.mean([row["subquestions"] == art.subquestions_of(record) for row, record in zip(asked, dev)])
+    gold = [art.subquestions_of(record) for record in dev]
+    exact = [row["subquestions"] == asked_for for row, asked_for in zip(asked, gold) if asked_for]
     for record, draft, row in list(zip(dev, drafts, asked))[:2]:
         art.show_record({"question": record["question"], "draft": draft["text"],
                          "sub-questions": "\n".join(row["subquestions"]), "p_refine": f"{row['p_refine']:.2f}",
@@ -139,7 +140,7 @@ def dev_figures(args, lm, folder, dev, samples, shift):
     return {"n": len(dev), "wrong_drafts": float(wrong.mean()), "decision_accuracy": float(np.mean(yes == wrong)),
             "auc": art.auc(p, wrong), "precision": float(wrong[yes].mean()) if yes.any() else None,
             "recall": float(yes[wrong].mean()) if wrong.any() else None, "threshold": threshold,
-            "gold_subquestions": float(exact)}
+            "gold_subquestions": float(np.mean(exact)) if exact else None}
 
 
 def main():
@@ -195,7 +196,7 @@ def main():
     print(f"{folder / 'asker'}: on {figures['n']} greedy drafts of dev, {figures['wrong_drafts']:.1%} wrong, AUC "
           f"{art.show(figures['auc'], '.3f')}; at the threshold that is best there {figures['decision_accuracy']:.1%} "
           f"of the decisions right, precision {art.show(figures['precision'])}, recall {art.show(figures['recall'])}; "
-          f"gold sub-questions word for word {figures['gold_subquestions']:.1%}")
+          f"gold sub-questions word for word {art.show(figures['gold_subquestions'])}")
 
 
 if __name__ == "__main__":

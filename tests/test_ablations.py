@@ -102,7 +102,7 @@ def test_task_of_your_own(tmp_path, monkeypatch, capsys):
     (folder / "prepare.py").write_text(textwrap.dedent(script))
     lines = [f'"Ann has {n} pens and buys {n + 2}. How many pens has Ann?",{2 * n + 2},{n} + {n + 2} = {2 * n + 2}.'
              for n in range(1, 26)]
-    (folder / "questions.csv").write_text("question,answer,steps\n" + "\n".join(lines) + "\n")
+    (folder / "questions.csv").write_text("question,answer,steps\n" + "\n".join(lines) + "\n", encoding="utf-8-sig")
     subprocess.run([sys.executable, str(folder / "prepare.py")], check=True, capture_output=True)
     monkeypatch.setitem(art.TASKS, *ast.literal_eval("{" + entry + "}").popitem())
     sizes = [len(art.load_task("quiz", split, data=tmp_path / "data")) for split in ("train", "dev", "test")]

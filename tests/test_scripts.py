@@ -35,9 +35,12 @@ def test_results(kit):
     folder = kit.runs / "toy/default"
     results = json.loads((folder / "results.json").read_text())
     assert [row["row"] for row in results["rows"]] == [row for row in evaluate.ROWS if row != "end_to_end"]
-    assert results["n"] == 40 and list(results["not_available"]) == ["end_to_end"]
+    assert results["n"] == results["n_dev"] == 40 and list(results["not_available"]) == ["end_to_end"]
     rows = {row["row"]: row for row in results["rows"]}
     records = art.read_jsonl(folder / "records.jsonl")
+    for row in records[0]["right"]:
+        assert rows[row]["accuracy"] == np.mean([record["right"][row] for record in records])
+    assert rows.keys() - records[0]["right"].keys() == {"random_gate"}  # an expectation
     for record in records:
         assert set(record["candidates"]) == {"initial", "refined", "refined_plain", "refined_self", "finetuned",
                                              "samples", "majority", "best_of_k"}
@@ -220,6 +223,15 @@ def test_missing_and_empty_data(monkeypatch, capsys, copy):
     assert "data/toy/prepare.py" in refused(monkeypatch, capsys, "evaluate", *flags)
     (folder / "data/toy/dev.jsonl").unlink()
     assert "data/toy/prepare.py" in refused(monkeypatch, capsys, "train_asker", *flags, *TINY["train_asker"])
+
+
+def test_gold_answer_that_cannot_be_read_whole(monkeypatch, capsys, copy):
+    folder, flags = copy
+    path = folder / "data/toy/dev.jsonl"
+    records = art.read_jsonl(path)
+    for answer in ("A", "3,5", "1.5 million", ""):
+        art.write_jsonl(path, [records[0], {**records[1], "answer": answer}, *records[2:]])
+        assert f"dev.jsonl, line 2: the answer {answer!r}" in refused(monkeypatch, capsys, "evaluate", *flags)
 
 
 def test_broken_line(monkeypatch, capsys, copy):

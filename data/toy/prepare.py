@@ -1,7 +1,7 @@
 """The toy task: word problems in the GSM8K shape, made from a seed. Nothing is downloaded.
 
     python data/toy/prepare.py                  # train.jsonl, dev.jsonl, test.jsonl beside this file
-    python data/toy/prepare.py --test 1000 --test-seed 11
+    python data/toy/prepare.py --test 200       # fewer of test; another --test-seed draws others
 
 Every problem has traps that a careless reader falls into ("fewer" read as "more", the wrong person looked up, the last
 sum left out) and some hold a basket that nobody asked about. `Reading` says how a text was read; a reading gives
