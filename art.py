@@ -1,253 +1,274 @@
-"""ART: Ask, Refine, and Trust. The one shared module of the kit, in the order a record passes through it.
+"""ART: Ask, Refine, and Trust (Shridhar et al., arXiv 2311.07961). The one module that all scripts share.
 
-    question -> PREDICT -> initial -> ASK -> sub-questions + refine? -> REFINE -> refined -> TRUST -> final
+    question -> PREDICT -> draft -> ASK: sub-questions, and "refine?" -- no ------------------> draft
+                                        |
+                                        yes -> REFINE -> refinement -> TRUST -> the better one
 
-    python art.py sample --task toy             # k predictions for every training question, and the drafts of dev
-    python art.py subquestions                  # only where the data has none: the LLM's, for --subquestions generated
-    python art.py solve --task toy "QUESTION"   # one question through the four steps
+    python art.py sample                # the LLM answers the training questions k times: what the trainings learn from
+    python art.py subquestions          # only for data without sub-questions: the LLM writes them
+    python art.py solve "QUESTION"      # one question through the four steps
 
-Source: Shridhar et al., "The ART of LLM Refinement: Ask, Refine, and Trust", arXiv 2311.07961.
+Three parts: the method; data and commands; machinery (models, what they said, QLoRA). Read the first, skip the last.
 """
 
 import argparse
-import collections
+import ast
 import contextlib
-import contextvars
-import functools
-import gc
+import copy
 import hashlib
-import http.client
-import itertools
+import inspect
 import json
 import logging
 import math
 import os
-import queue
 import random
 import re
-import signal
-import socket
+import shutil
 import subprocess
 import sys
-import threading
+import textwrap
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it asks for an optional package at each import
-
-import filelock
 import numpy as np
-import torch
-import transformers
-from huggingface_hub.errors import GatedRepoError, HFValidationError
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
-from tqdm import tqdm
-from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 ROOT = Path(__file__).resolve().parent
-RANK = int(os.environ.get("RANK", 0))  # of this process under torchrun: all train, the first alone writes and prints
 
+# ======================================================================================================================
+# Part 1. The method. A step is a prompt, what a good answer to it looks like, how that answer is read, and a function
+# of lists: `lm` is a Model (part 3) or anything with its render, generate and choose; `args` are the flags (part 2).
+# A record is {"id", "question", "answer", "solution": [[sub-question, step], ...]} and, in StrategyQA, "facts".
+# ======================================================================================================================
 
-class UserError(Exception):
-    """Something the user can mend; its text is the one line they see."""
-
-
-class Refused(UserError):
-    """What a server says of one request, as of a question that is too long."""
-
-
-def run(main):
-    """Call `main`; a UserError or a full disk becomes one line and exit code 2, Ctrl-C one line and 130, untraced."""
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):  # on Windows, into a file: an alphabet of 256
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
-    try:
-        main()
-    except UserError as error:
-        tqdm.write(visible(f"error: {error}"), file=sys.stderr)  # on a line of its own, whatever progress is shown
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped: what was written is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:  # files and safetensors say what is wrong, torch only where (the last of these words)
-        if not re.search("No space left|quota exceeded|File too large|inline_container", str(error)):
-            raise
-        tqdm.write("error: the disk is full, or a file at its size limit; what was written is kept: make room, and the "
-                   "same command goes on from there", file=sys.stderr)
-        sys.exit(2)
-
-
-# --- Tasks and records. A new task is one entry here and one folder data/<task>/ with a prepare.py. ---
-
-TASKS = {  # answer: how it is read; prepare: the command that makes the data; exemplars: whose exemplars.jsonl is used
-    "toy": {"answer": "number", "prepare": "data/toy/prepare.py", "exemplars": "toy"},
-    "gsm8k": {"answer": "number", "prepare": "data/gsm8k/prepare.py", "exemplars": "gsm8k"},
-    "gsm8k-offline": {"answer": "number", "prepare": "data/gsm8k/prepare.py --offline-split 1000",
-                      "exemplars": "gsm8k"},
-    "strategyqa": {"answer": "yes/no", "prepare": "data/strategyqa/prepare.py", "exemplars": "strategyqa"},
+# In front of a chat model's question; base models have exemplars instead. {end} says where the answer stands.
+INSTRUCTIONS = {
+    "cot": "Answer the question. Reason step by step. {end}",
+    "decomp": "Ask the sub-questions that lead to the answer and answer them one after the other, then the question. "
+              "{end}",
+    "ask": "Write the sub-questions that a right answer to the question has to settle, one a line. Then check the "
+           "given answer: the last line is 'Refine: Yes' if it is wrong, 'Refine: No' if it is right.",
+    "refine": "Answer the sub-questions one after the other, then the question. {end}",
+    "refine_plain": "Check the given answer and write a revised one. Reason step by step. {end}",
+    "choose": "Which answer to the question is better? Write one letter, A or B.",
 }
+END = {"number": "Put the final answer in \\boxed{}.", "yes/no": "The last line is '#### yes' or '#### no'."}
 
 
-def load_task(task, split, limit=None, data=ROOT / "data"):
-    """Records of data/<task>/<split>.jsonl, the first `limit` of them. Split: train, dev or test."""
-    path = Path(data) / task / f"{split}.jsonl"
-    records = read_jsonl(path, f"make it with: python {TASKS[task]['prepare']}")[:limit]
-    if not records:
-        raise UserError(f"{path} is empty; make it again with: python {TASKS[task]['prepare']}")
-    for number, record in enumerate(records, 1):
-        if missing := {"id", "question", "answer"} - record.keys():
-            raise UserError(f"{path}, line {number}: no {', '.join(sorted(missing))} in this record")
-        if not re.fullmatch(GOLD[TASKS[task]["answer"]], str(record["answer"])):  # else a part might pass for it
-            raise UserError(f"{path}, line {number}: the answer {record['answer']!r} is not a {TASKS[task]['answer']} "
-                            "and nothing else; write it so")
-    return records
+def instruction(task, step):
+    """What a chat model is told to do in a step."""
+    return INSTRUCTIONS[step].format(end=END[TASKS[task]["answer"]])
 
 
-def find_exemplars(task, data=ROOT / "data"):
-    """exemplars.jsonl of a task: in its data folder, else the one that comes with the kit."""
-    paths = [Path(folder) / TASKS[task]["exemplars"] / "exemplars.jsonl" for folder in (data, ROOT / "data")]
-    return next((path for path in paths if path.is_file()), paths[-1])
+def question_block(record, facts=False):
+    """The question as every prompt begins, with StrategyQA's supporting facts if asked for."""
+    lines = [f"Question: {record['question']}"]
+    if facts and record.get("facts"):
+        lines += ["Facts:"] + [f"- {fact}" for fact in record["facts"]]
+    return "\n".join(lines) + "\n"
 
 
-def load_exemplars(task, shots, data=ROOT / "data"):
-    """The first `shots` hand-written exemplars of a task (never items of its data), [] for none."""
-    path = find_exemplars(task, data)
-    exemplars = read_jsonl(path, "write some there, or run with --shots 0") if shots else []
-    if len(exemplars) < shots:
-        raise UserError(f"{path} has {len(exemplars)} exemplars: --shots is at most that")
-    return exemplars[:shots]
+# --- Step 1, predict: an answer by chain of thought, or by `decomp`, where each line asks a sub-question and answers it
 
 
-def fetch(name, url, sha256, raw, files=None, hint=""):
-    """Path of one raw data file, verified: the user's copy in `files`, or the one in `raw`, downloaded if need be."""
-    path = Path(files or raw) / name
-    if not path.is_file():
-        if files:
-            raise UserError(f"no file {path}; put it there, or leave out --files to download it{hint}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(60)  # torch sets none: a stalled download would hang
-        try:  # its own name comes when it is whole and verified
-            torch.hub.download_url_to_file(url + name, str(path), hash_prefix=sha256)
-        except (OSError, http.client.HTTPException, RuntimeError) as error:
-            raise UserError(f"cannot download {url}{name} ({error}); try again, or give --files DIR") from error
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        mend = f"replace it by {url}{name}" if files else "delete it and run again, or give a copy with --files DIR"
-        raise UserError(f"{path}: wrong checksum; {mend}")
-    return path
+def predict_prompt(record, strategy="cot", facts=False):
+    """The question, and where the answer begins."""
+    return question_block(record, facts) + ("Answer:\n" if strategy == "cot" else "Answer by sub-questions:\n")
 
 
-def write_splits(folder, task, train, test, dev_size, seed=0):
-    """Carve dev from train, drop from train what stands in test, write the three splits and print their counts."""
-    seen = {normalise(record["question"]) for record in test}
-    kept = [record for record in train if normalise(record["question"]) not in seen]
-    chosen = set(random.Random(seed).sample(range(len(kept)), dev_size))
-    splits = {"train": [record for index, record in enumerate(kept) if index not in chosen],
-              "dev": [{**kept[index], "id": kept[index]["id"].replace("-train-", "-dev-")} for index in sorted(chosen)],
-              "test": test}
-    assert not seen & {normalise(record["question"]) for name in ("train", "dev") for record in splits[name]}
-    pairs = near_duplicates(splits["train"], splits["dev"] + test) + near_duplicates(splits["dev"], test)
-    print(f"{len(train) - len(kept)} dropped from train, being in test; {len(pairs)} near duplicates stay:", *pairs[:5])
-    for split, records in splits.items():
-        write_jsonl(Path(folder) / task / f"{split}.jsonl", records)
-        print(f"{Path(folder) / task / split}.jsonl: {len(records):,} questions")
-    print(json.dumps(splits["train"][0], ensure_ascii=False))
+def solution_text(solution, answer, strategy="cot"):
+    r"""A good answer: one step a line, then `#### answer`.
 
-
-def near_duplicates(records, others):
-    """Pairs of ids whose questions share at least half of their runs of four words, all numbers alike."""
-    def shingles(record):
-        words = re.sub(r"\d+", "0", normalise(record["question"])).split()
-        return {tuple(words[start : start + 4]) for start in range(len(words) - 3)}
-
-    sets, where, pairs = [shingles(other) for other in others], {}, []
-    for index, found in enumerate(sets):
-        for shingle in found:
-            where.setdefault(shingle, []).append(index)
-    for record in records:
-        mine = shingles(record)
-        common = collections.Counter(index for shingle in mine for index in where.get(shingle, ()))
-        pairs += [(record["id"], others[i]["id"]) for i, n in common.items() if 2 * n >= len(mine | sets[i])]
-    return pairs
-
-
-def normalise(text):
-    """Text as it is compared when splits are checked for overlap.
-
-    >>> normalise("How many  eggs are 2 + 3?")
-    'how many eggs are 2 + 3'
+    >>> solution_text([["How many are left?", "5 - 2 = 3 are left."]], "3", "decomp")
+    'How many are left? 5 - 2 = 3 are left.\n#### 3'
     """
-    return " ".join(re.findall(r"\w+|[+*/=<>^]", text.casefold()))
+    lines = [step if strategy == "cot" else f"{subquestion} {step}".strip() for subquestion, step in solution]
+    return "\n".join([*filter(None, lines), f"#### {answer}"])
 
 
-def read_jsonl(path, mend="", journal=False):
-    """The records of a JSONL file. `journal`: a half-written last line (of a killed run) is cut off, with a warning."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is missing; {mend}")
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if journal and whole < len(content):
-        print(f"warning: 1 half-written line dropped at the end of {path}", file=sys.stderr)
-        with path.open("r+b") as file:
-            file.truncate(whole)
-        content = content[:whole]
-    records = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-                to_lines(records[-1:]).encode()  # half a character, as "\ud800", can be neither tokenized nor written
-            except (ValueError, RecursionError):
-                records.append(None)
-            if not isinstance(records[-1], dict):
-                raise UserError(f"{path}, line {number}: not a JSON object; mend or delete that line")
-    return records
+def predict(lm, args, records, temperature=0.0):
+    """Step 1: an answer to each question (paper, section 3.1)."""
+    return [one for (one,) in sample_answers(lm, args, records, 1, temperature)]
 
 
-def write_text(path, text):
-    """Write a file whole or not at all; under torchrun the first process alone."""
-    if RANK:
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-    wrote()
+def sample_answers(lm, args, records, k, temperature):
+    """k answers to each question: lists of k rows."""
+    strategy, facts = lm.strategy or args.strategy, args.facts == "both"
+    shots = [(predict_prompt(e, strategy, facts), solution_text(e["solution"], e["answer"], strategy))
+             for e in lm.exemplars]
+    prompts = [predict_prompt(record, strategy, facts) for record in records]
+    return solutions(lm, args, lm.render(prompts, shots, instruction(args.task, strategy)), k, temperature)
 
 
-WRITES = itertools.count(1)
+def solutions(lm, args, prompts, k=1, temperature=0.0):
+    """Continue prompts up to the answer line (a base model at most up to another question), and read the answer."""
+    stop = ANSWER_LINE[TASKS[args.task]["answer"]] + r"[^\n]*\n" + ("" if lm.chat else r"|\n\n|\n(?=Question:)")
+    made = lm.generate(prompts, args.max_new_tokens, stop, k, temperature)
+    return [[{**one, "answer": extract_answer(args.task, one["text"])} for one in several] for several in made]
 
 
-def wrote():
-    """Stands behind every write. For tests: ART_KILL_AFTER_WRITES=n kills the process behind its n-th."""
-    if next(WRITES) == int(os.environ.get("ART_KILL_AFTER_WRITES", 0)):
-        os.kill(os.getpid(), signal.SIGKILL)
+# --- Step 2, ask: which sub-questions should the draft have settled, and does it have to be refined?
+
+DECISION = "Refine:"  # stands before the Asker's Yes or No
 
 
-def to_lines(records):
-    """JSONL text of records."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def ask_prompt(record, draft):
+    """Question and draft."""
+    return f"{question_block(record)}Answer:\n{draft}\nSub-questions:\n"
 
 
-def write_jsonl(path, records):
-    """Write a JSONL file whole or not at all."""
-    write_text(path, to_lines(records))
+def ask_target(subquestions, refine):
+    r"""What the Asker learns to write.
+
+    >>> ask_target(["How many are left?"], True)
+    'How many are left?\nRefine: Yes'
+    """
+    return "\n".join([*subquestions, f"{DECISION} {'Yes' if refine else 'No'}"])
 
 
-def write_json(path, value):
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+def parse_subquestions(text):
+    r"""The lines before the decision, without bullets, twelve at most.
+
+    >>> parse_subquestions("1. How many are left?\n- Who has them?\nRefine:")
+    ['How many are left?', 'Who has them?']
+    """
+    lines = re.split(f"{DECISION}|Revised answer:", text)[0].splitlines()
+    lines = [re.sub(r"^\s*(?:[-*]|\d{1,3}[.)])?\s*", "", line).strip() for line in lines]
+    return [line for line in lines if line][:12]
+
+
+def subquestions_of(record):
+    """The gold sub-questions of a record or exemplar."""
+    return [subquestion for subquestion, _ in record.get("solution", ()) if subquestion]
+
+
+def ask(lm, args, records, drafts):
+    """Step 2: sub-questions, and `p_refine`, the probability that the draft has to be refined (paper, section 3.2).
+
+    `p_refine` is Yes against No behind "Refine:", the odds times `lm.prior_odds`: training balances both classes, this
+    puts the share of wrong drafts back.
+    """
+    shots = [(ask_prompt(e, e["draft"]), ask_target(
+        subquestions_of(e), not is_correct(args.task, e["draft"], e["answer"]))) for e in lm.exemplars]
+    prompts = [ask_prompt(record, draft["text"]) for record, draft in zip(records, drafts)]
+    prompts = lm.render(prompts, shots, instruction(args.task, "ask"))
+    made = [one for (one,) in lm.generate(prompts, args.max_new_tokens, DECISION)]
+    asked = [parse_subquestions(one["text"]) for one in made]
+    begun = ["\n".join([*lines, DECISION]) for lines in asked]
+    decided = lm.choose(prompts, DECISION, (" Yes", " No"), begun)
+    return [{"subquestions": lines, "p_refine": with_odds(decision["p"], lm.prior_odds), "tokens": one["tokens"],
+             "prompt_tokens": one["prompt_tokens"] + decision["prompt_tokens"], "stopped": one["stopped"]}
+            for lines, decision, one in zip(asked, decided, made)]
+
+
+def with_odds(p, odds):
+    """The probability whose odds are those of `p` times `odds`.
+
+    >>> with_odds(0.5, 3), with_odds(1.0, 3)
+    (0.75, 1.0)
+    """
+    return p * odds / (p * odds + 1 - p)
+
+
+# --- Step 3, refine: an answer along the sub-questions
+
+
+def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
+    """Question, draft and sub-questions. Without sub-questions the draft is shown in any case."""
+    shown = f"Answer:\n{draft}\n" if show_draft or not subquestions else ""
+    asked = "".join(line + "\n" for line in ["Sub-questions:", *subquestions]) if subquestions else ""
+    return f"{question_block(record, facts)}{shown}{asked}Revised answer:\n"
+
+
+def refine(lm, args, records, drafts, asked=None):
+    """Step 3: a revised answer along the sub-questions, or without any (paper, section 3.3)."""
+    facts, show_draft = args.facts != "none", args.show_draft == "yes"
+    asked = [row["subquestions"] for row in asked] if asked else [()] * len(records)
+    step = "refine" if any(asked) else "refine_plain"
+    shots = [(refine_prompt(e, e["draft"], subquestions_of(e) if any(asked) else (), facts, show_draft),
+              solution_text(e["solution"], e["answer"])) for e in lm.exemplars]
+    prompts = [refine_prompt(record, draft["text"], lines, facts, show_draft)
+               for record, draft, lines in zip(records, drafts, asked)]
+    return [one for (one,) in solutions(lm, args, lm.render(prompts, shots, instruction(args.task, step)))]
+
+
+# --- Step 4, trust: which of the two answers stands?
+
+
+def trust_prompt(record, text):
+    """What the Truster scores."""
+    return f"{question_block(record)}Answer:\n{text}"
+
+
+def trust(truster, args, records, drafts, refined):
+    """Step 4: the Truster's score of draft and refinement; the higher stands (paper, section 3.4)."""
+    old, new = (truster.score([trust_prompt(record, one["text"]) for record, one in zip(records, rows)])
+                for rows in (drafts, refined))
+    return [{"draft": a["score"], "refined": b["score"], "prompt_tokens": a["prompt_tokens"] + b["prompt_tokens"]}
+            for a, b in zip(old, new)]
+
+
+def choice_prompt(record, first, second):
+    """Step 4 by the LLM itself: the answer is A or B."""
+    return f"{question_block(record)}Answer A:\n{first}\nAnswer B:\n{second}\nBetter answer:\n"
+
+
+def trust_self(lm, args, records, drafts, refined):
+    """Step 4 by the LLM itself: it sees the two answers in both orders, since a model may prefer a place."""
+    pairs = [*zip(drafts, refined), *zip(refined, drafts)]
+    prompts = [choice_prompt(record, a["text"], b["text"]) for record, (a, b) in zip([*records, *records], pairs)]
+    made = lm.choose(lm.render(prompts, (), instruction(args.task, "choose")), "Better answer:\n", ("A", "B"))
+    return [{"draft": (a["p"] + 1 - b["p"]) / 2, "refined": (1 - a["p"] + b["p"]) / 2,
+             "prompt_tokens": a["prompt_tokens"] + b["prompt_tokens"]}
+            for a, b in zip(made, made[len(records):])]
+
+
+# --- The loop
+
+
+def ask_refine_trust(run, records, threshold):
+    """The paper's loop: {"draft", "asked", "refined", "trust", "final"} for each record, as far as it got."""
+    llm, args = run.model("llm"), run.args
+    drafts = predict(llm, args, records, args.draft_temperature)
+    asked = ask(run.model("asker"), args, records, drafts)
+    rows = [{"draft": draft, "asked": one, "final": draft} for draft, one in zip(drafts, asked)]
+    doubted = [i for i, one in enumerate(asked) if one["p_refine"] >= threshold]
+    if doubted:
+        records, drafts, asked = ([column[i] for i in doubted] for column in (records, drafts, asked))
+        refined = refine(llm, args, records, drafts, asked)
+        scores = trust(run.model("truster"), args, records, drafts, refined)
+        for i, new, score in zip(doubted, refined, scores):
+            better = new if score["refined"] > score["draft"] else rows[i]["draft"]
+            rows[i] |= {"refined": new, "trust": score, "final": better}
+    return rows
+
+
+# --- The rival that does all four steps in one text, behind `predict_prompt`
+
+
+def end_to_end_target(draft, subquestions, refine, solution):
+    """What it is fine-tuned to write."""
+    text = f"{draft}\nSub-questions:\n{ask_target(subquestions, refine)}"
+    return f"{text}\nRevised answer:\n{solution}" if refine else text
+
+
+def parse_end_to_end(text):
+    r"""The answer that stands at its end.
+
+    >>> parse_end_to_end(end_to_end_target("#### 4", [], True, "#### 3")), parse_end_to_end("#### 4\nSub-questions:\n")
+    ('#### 3', '#### 4')
+    """
+    draft, _, rest = text.partition("\nSub-questions:")
+    return rest.partition("Revised answer:\n")[2] or draft
+
+
+def end_to_end(lm, args, records):
+    """An answer to each question by the model that does everything."""
+    made = lm.generate(lm.render([predict_prompt(record) for record in records]), 3 * args.max_new_tokens)
+    texts = [parse_end_to_end(one["text"]) for (one,) in made]
+    return [{**one, "text": text, "answer": extract_answer(args.task, text)} for (one,), text in zip(made, texts)]
 
 
 # --- Answers: read from what a model wrote, compared as numbers or as yes/no; what cannot be read is None, never right
@@ -345,1444 +366,419 @@ def is_correct(task, text, gold):
     return answer is not None and answer == extract_answer(task, f"#### {gold}")
 
 
-def verdict(task, made, gold):
-    """Is a generation right? One that was cut off is not, whatever its last number."""
-    return made["stopped"] and is_correct(task, made["text"], gold)
-
-
-# --- Prompts: what goes in, what comes out, for each of the four steps. Training, inference and toy use these.
-
-PROMPT_VERSION = 2  # raise it with any change below or of how answers are read: what was made before is refused
-DECISION = "Refine:"  # stands before the Asker's Yes or No
-
-
-def question_block(record, facts=False):
-    r"""The question as every prompt begins, with the supporting facts if asked for. No gold field is read but `facts`.
-
-    >>> question_block({"question": "Is ice cold?", "facts": ["Ice is frozen."]}, facts=True)
-    'Question: Is ice cold?\nFacts:\n- Ice is frozen.\n'
-    """
-    lines = [f"Question: {record['question']}"]
-    if facts and record.get("facts"):
-        lines += ["Facts:"] + [f"- {fact}" for fact in record["facts"]]
-    return "\n".join(lines) + "\n"
-
-
-def predict_prompt(record, strategy="cot", facts=False):
-    """Step 1: chain of thought, or `decomp`: each line asks a sub-question and answers it (paper, section 3.1)."""
-    return question_block(record, facts) + ("Answer:\n" if strategy == "cot" else "Answer by sub-questions:\n")
-
-
-def solution_text(solution, answer, strategy="cot"):
-    r"""The target of a prediction: one step a line, then `#### answer`. `solution` is [[sub-question, step], ...].
-
-    >>> solution_text([["How many are left?", "5 - 2 = 3 are left."]], "3", "decomp")
-    'How many are left? 5 - 2 = 3 are left.\n#### 3'
-    """
-    lines = [step if strategy == "cot" else f"{subquestion} {step}".strip() for subquestion, step in solution]
-    return "\n".join([*filter(None, lines), f"#### {answer}"])
-
-
-def ask_prompt(record, draft):
-    """Step 2: question and draft; the answer to it is `ask_target`."""
-    return f"{question_block(record)}Answer:\n{draft}\nSub-questions:\n"
-
-
-def ask_target(subquestions, refine):
-    r"""The sub-questions that the answer should have settled, one a line, then the decision.
-
-    >>> ask_target(["How many are left?"], True)
-    'How many are left?\nRefine: Yes'
-    """
-    return "\n".join([*subquestions, f"{DECISION} {'Yes' if refine else 'No'}"])
-
-
-def refine_prompt(record, draft, subquestions=None, facts=False):
-    """Step 3: question, draft and sub-questions (None: the ablation without them); the answer is a `solution_text`."""
-    asked = "".join(line + "\n" for line in ["Sub-questions:", *subquestions]) if subquestions else ""
-    return f"{question_block(record, facts)}Answer:\n{draft}\n{asked}Revised answer:\n"
-
-
-def end_to_end_target(draft, subquestions, refine, solution):
-    r"""All steps in one text, after `predict_prompt`: what one model that does everything is fine-tuned to write.
-
-    >>> end_to_end_target("#### 4", ["How many?"], True, "#### 3")
-    '#### 4\nSub-questions:\nHow many?\nRefine: Yes\nRevised answer:\n#### 3'
-    """
-    text = f"{draft}\nSub-questions:\n{ask_target(subquestions, refine)}"
-    return f"{text}\nRevised answer:\n{solution}" if refine else text
-
-
-def parse_end_to_end(text):
-    r"""The answer that stands at the end of an `end_to_end_target`: the revised one, else the draft.
-
-    >>> parse_end_to_end(end_to_end_target("#### 4", [], True, "#### 3")), parse_end_to_end("#### 4\nSub-questions:\n")
-    ('#### 3', '#### 4')
-    """
-    draft, _, rest = text.partition("\nSub-questions:")
-    return rest.partition("Revised answer:\n")[2] or draft
-
-
-def trust_prompt(record, text):
-    """Step 4: what the Truster scores, one text at a time."""
-    return f"{question_block(record)}Answer:\n{text}"
-
-
-def choice_prompt(record, first, second):
-    """Step 4, decided by the LLM itself: the answer is A or B."""
-    return f"{question_block(record)}Answer A:\n{first}\nAnswer B:\n{second}\nBetter answer:\n"
-
-
-def plain_text(prompt, exemplars=()):
-    """A prompt behind its exemplars, [(prompt, answer), ...], as a base model reads it."""
-    return "".join(f"{shown}{answer}\n\n" for shown, answer in exemplars) + prompt
-
-
-def chat_turns(prompt, exemplars=(), instruction=""):
-    """The same as turns of a chat, [{"role", "content"}, ...]; the instruction stands in front of the first."""
-    turns = [turn for shown, answer in exemplars for turn in (("user", shown.rstrip()), ("assistant", answer))]
-    turns.append(("user", prompt.rstrip()))
-    turns[0] = ("user", f"{instruction}\n\n{turns[0][1]}")
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-# --- The language model: loading (4, 16 or 32 bits), batched generation, option probabilities. ---
-
-
-def find_model(name):
-    """A folder named relative to the working directory or to the kit, else a Hub id as it stands."""
-    return next((str(path) for path in (Path(name), ROOT / name) if path.is_dir()), str(name))
-
-
-def compute_dtype(bits=4):
-    """fp32 on a CPU or where asked for; bf16 where the card really has it; else fp16 (a T4 emulates bf16, slowly)."""
-    if bits == 32 or not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-@contextlib.contextmanager
-def loading(name):
-    """Turn what can go wrong while a model is fetched into one line."""
-    try:
-        yield
-    except (GatedRepoError, HFValidationError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load the model {name!r}: {reason} (needed: a folder or an ungated Hub id with "
-                        "safetensors weights; pickled ones are refused, since reading them can run any code)") from None
-
-
-def model_revision(name):
-    """Commit of a Hub model; for a folder a hash over its settings, its tokenizer and pieces of its weights."""
-    path = Path(find_model(name))
-    if not path.is_dir():
-        return load_config(name)._commit_hash
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        weights = file.suffix == ".safetensors"
-        if file.is_file() and (weights or file.suffix in (".json", ".jinja", ".model") or file.name == "merges.txt"):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as content:
-                for start in range(0, size, max(1 << 16, size // 256 if weights else 0)):  # of weights 16 MB at most
-                    content.seek(start)
-                    digest.update(content.read(1 << 16))
-    return digest.hexdigest()[:16]
-
-
-def load_config(name):
-    """config.json of a model. Code of a model's own is never run, here and wherever one is loaded."""
-    with loading(name):
-        return transformers.AutoConfig.from_pretrained(find_model(name), trust_remote_code=False)
-
-
-def load_tokenizer(name):
-    """Tokenizer with a padding token; refused if it cannot give back plain text."""
-    with loading(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
-    probe = "Ann has 12 pens.\n#### 12"
-    if tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"]).strip() != probe:
-        raise UserError(f"the tokenizer of {name!r} loses characters with this transformers version; use another model")
-    return tokenizer
-
-
-def load_base(name, bits=4, head=transformers.AutoModelForCausalLM, **settings):
-    """Frozen base model in 4 bits (nf4, double quantisation), 16 or 32 bits, on the GPU if there is one.
-
-    Source of the 4-bit settings: Dettmers et al., QLoRA, arXiv 2305.14314, section 3.
-    """
-    dtype = compute_dtype(bits)
-    if bits == 16 and dtype == torch.float32:
-        dtype = torch.bfloat16
-    if bits == 4:
-        settings["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    gc.collect()  # a Trainer that ended may still hold the last model
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        settings["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
-    with loading(name):
-        return head.from_pretrained(find_model(name), dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                    **settings).eval()
-
-
-def plan_batches(lengths, budget):
-    """Lists of indices, longest first, each at most `budget` tokens when padded. Follows from `lengths` alone.
-
-    >>> plan_batches([3, 9, 4, 1], budget=10)
-    [[1], [2, 0], [3]]
-    """
-    batches = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def require_finite(numbers, name):
-    """Refuse what is no number, as fp16 may give on a card without bf16: it would pass for an answer."""
-    if not all(map(math.isfinite, numbers)):
-        raise UserError(f"{name!r} gives numbers that are not finite: use --bits 32, or another model")
-
-
-def left_pad(rows, pad, device):
-    """Token ids (rows, longest) and attention mask, padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
-def by_halves(batch, work):
-    """[(item, what work([item, ...]) makes of it), ...]; where memory runs out the batch is halved."""
-    try:
-        return list(zip(batch, work(batch)))
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise UserError("out of memory with one question: use a smaller model, --bits 4 or, for the LLM, "
-                            "--shots 0") from None
-    torch.cuda.empty_cache()
-    half = len(batch) // 2
-    print(f"out of memory: a batch of {len(batch)} is halved", file=sys.stderr)
-    return by_halves(batch[:half], work) + by_halves(batch[half:], work)
-
-
-class GrowingLayer(DynamicLayer):
-    """Cache of one layer with room at its end: a step writes its own column, where DynamicLayer copies all of them."""
-
-    buffers = None
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append (rows, heads, n, size) keys and values; returns all of them, views of the buffers."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        if self.buffers is None or len(self.buffers[0]) != len(key_states) or self.buffers[0].shape[2] < end:
-            room = [new.new_empty(*new.shape[:2], end + end // 4 + 32, new.shape[3])
-                    for new in (key_states, value_states)]
-            if start:
-                room[0][:, :, :start], room[1][:, :, :start] = self.keys, self.values
-            self.buffers = room
-        for buffer, new in zip(self.buffers, (key_states, value_states)):
-            buffer[:, :, start:end] = new
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        """Only these rows, in a new buffer."""
-        super().batch_select_indices(indices)
-        self.buffers = None
-
-
-SHARED_PREFIX = contextvars.ContextVar("cache of what all rows of a batch begin with", default=None)
-
-
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, **settings):
-    """Attention where all rows begin alike: keys and values of that prefix are held and read once, not once a row.
-
-    query (rows, heads, t, size); key and value (rows, key heads, n, size) and the mask (rows, 1, t, n) without the
-    prefix, which every token may see. Without a prefix it is transformers' own attention.
-    """
-    if SHARED_PREFIX.get() is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
-    rows, heads, t, size = query.shape
-    held = SHARED_PREFIX.get().layers[module.layer_idx]  # (1, key heads, p, size)
-    p, n = held.keys.shape[2], key.shape[2]
-    if t > 1:  # the prompts: once a batch
-        if attention_mask is None:
-            attention_mask = torch.ones(1, 1, t, n, dtype=torch.bool, device=query.device).tril(n - t)
-        key, value = (torch.cat([shared.expand(rows, -1, -1, -1), own], 2)
-                      for shared, own in ((held.keys, key), (held.values, value)))
-        mask = torch.nn.functional.pad(attention_mask, (p, 0), value=True)
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **settings)
-    query = query.reshape(rows, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
-
-    def once(left, right):  # rows below each other: one product with the prefix for the whole batch
-        return (left.transpose(0, 1).flatten(1, 2) @ right[0]).unflatten(1, (rows, -1)).transpose(0, 1)
-
-    own = query @ key.mT
-    if attention_mask is not None:
-        own = own.masked_fill(~attention_mask, -torch.inf)
-    weights = torch.cat([once(query, held.keys.mT), own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-    out = once(weights[..., :p], held.values) + weights[..., p:] @ value
-    return out.reshape(rows, 1, heads, size), None
-
-
-transformers.AttentionInterface.register("shared_prefix", shared_prefix_attention)
-transformers.AttentionMaskInterface.register("shared_prefix", sdpa_mask)
-
-
-class LM:
-    """A causal language model that continues prompts, with or without an adapter switched on.
-
-    `batch_tokens` bounds rows x length of a batch; `chat`: "auto" uses the chat template where there is one.
-    """
-
-    def __init__(self, name, bits=4, batch_tokens=16384, chat="auto"):
-        self.name, self.bits, self.batch_tokens = name, bits, batch_tokens
-        self.tokenizer = load_tokenizer(name)
-        self.model = load_base(name, bits)
-        self._shares = (self.model.is_backend_compatible() and self.model.config._attn_implementation == "sdpa"
-                        and not getattr(self.model.config, "sliding_window", None))
-        if self._shares:
-            self.model.set_attn_implementation("shared_prefix")
-        self.chat = chat == "yes" or (chat == "auto" and bool(self.tokenizer.chat_template))
-        ends = self.model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        self._prefix, self._cache = None, None
-        # a stop can only be complete after a token with one of these characters: the others need no decoding
-        pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-        self._may_stop = {i for i, piece in enumerate(pieces) if "\n" in piece or ":" in piece}
-
-    def add_adapter(self, name, folder):
-        """Load a LoRA adapter beside the weights, switched off. One copy of the weights serves with and without it."""
-        if isinstance(self.model, PeftModel):
-            self.model.load_adapter(folder, name)
-        else:
-            self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name).eval()
-        self.model.base_model.disable_adapter_layers()
-
-    @contextlib.contextmanager
-    def use(self, name):
-        """`with lm.use("asker"):` the adapter is on, and prompts are plain, as it was trained; outside it is off."""
-        self.model.set_adapter(name, inference_mode=True)
-        self.model.base_model.enable_adapter_layers()
-        self._prefix, self.chat, chat = None, False, self.chat
-        try:
-            yield self
-        finally:
-            self.model.base_model.disable_adapter_layers()
-            self._prefix, self.chat = None, chat
-
-    def render(self, prompt, exemplars=(), instruction=""):
-        """Token ids of a prompt behind its exemplars, [(prompt, answer), ...]: chat turns, or text with blank lines."""
-        if not self.chat:
-            return self.tokenizer(plain_text(prompt, exemplars))["input_ids"]
-        text = self.tokenizer.apply_chat_template(chat_turns(prompt, exemplars, instruction), tokenize=False,
-                                                  add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def extend(self, prompt, text):
-        """A rendered prompt and the beginning of its answer, to be continued."""
-        return prompt + self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def option_ids(self, before, options):
-        """The one token by which each option differs from the others behind `before`."""
-        rows = [self.tokenizer(before + option, add_special_tokens=False)["input_ids"] for option in options]
-        shared = len(os.path.commonprefix(rows))
-        ids = [row[shared] for row in rows]
-        if len(set(ids)) != len(ids):
-            raise UserError(f"the tokenizer of {self.name!r} gives {options} no tokens of their own")
-        return ids
-
-    def generate(self, prompts, max_new_tokens=256, stop=None, k=1, temperature=0.0, seed=0, options=None, done=()):
-        """Continue prompts; yields one batch at a time as [(index, [k generations]), ...].
-
-        Args:
-            prompts: lists of token ids (see `render`). What all share (few-shot exemplars) is computed once.
-            stop: compiled pattern; a text ends behind its first match. `options`: (token ids, whether at once): read
-                the log-odds of the first against the second id behind that match, or right behind the prompt.
-            temperature: 0 is greedy. `k` samples share one pass over the prompt.
-            done: indices that need not be made. Batches follow from `prompts` alone: a resumed run makes the same ones.
-
-        A generation is {"text", "stopped", "tokens", "prompt_tokens", "logprob"} and, with `options`, "logit" (None
-        where the stop never came). "logprob" is the natural logarithm of the whole continuation's probability.
-        """
-        limit = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
-        for ids in prompts:
-            if len(ids) + max_new_tokens > limit:
-                raise UserError(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the {limit} that "
-                                f"{self.name!r} reads: shorten the question, or lower --shots or --max-new-tokens")
-        prefix, batches = self.plan(prompts, max_new_tokens, k)
-        for number, batch in enumerate(batches):
-            if not all(index in done for index in batch):
-                torch.manual_seed(seed * 1_000_003 + number)
-                yield by_halves(batch, lambda part: self._generate(
-                    [prompts[index] for index in part], prefix, max_new_tokens, stop, k, temperature, options))
-
-    def plan(self, prompts, max_new_tokens, k):
-        """(what all prompts share, as token ids; batches of indices whose rows without it keep `batch_tokens`)."""
-        prefix = os.path.commonprefix(prompts)[: min(map(len, prompts), default=1) - 1]
-        if len(prefix) < 32 or len(prompts) == 1 or not self._shares:
-            prefix = []
-        return prefix, plan_batches([(len(ids) - len(prefix) + max_new_tokens) * k for ids in prompts],
-                                    self.batch_tokens)
-
-    def _prefix_cache(self, prefix):
-        """Keys and values of the prefix, computed once for all batches."""
-        if prefix != self._prefix:
-            ids = torch.tensor([prefix], device=self.model.device)
-            self._cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-            self._prefix = prefix
-        return self._cache
-
-    @torch.inference_mode()
-    def _generate(self, prompts, prefix, max_new_tokens, stop, k, temperature, options):
-        shared = SHARED_PREFIX.set(self._prefix_cache(prefix) if prefix else None)
-        try:
-            return self._continue([row[len(prefix):] for row in prompts], len(prefix), max_new_tokens, stop, k,
-                                  temperature, options)
-        finally:
-            SHARED_PREFIX.reset(shared)
-
-    def _continue(self, prompts, shared, max_new_tokens, stop, k, temperature, options):
-        device, count = self.model.device, len(prompts) * k
-        ids, mask = left_pad(prompts, self.tokenizer.pad_token_id, device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0) + shared
-        cache = transformers.Cache(layer_class_to_replicate=GrowingLayer)
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                            use_cache=True, logits_to_keep=1).logits[:, -1].float().repeat_interleave(k, 0)
-        if k > 1:
-            cache.batch_repeat_interleave(k)
-        mask, positions = mask.repeat_interleave(k, 0), positions[:, -1:].repeat_interleave(k, 0)
-        made = [{"text": "", "stopped": False, "tokens": 0, "prompt_tokens": shared + len(prompt), "logprob": 0.0,
-                 **({"logit": None} if options else {})} for prompt in prompts for _ in range(k)]
-        written = [[] for _ in range(count)]
-        alive = list(range(count))  # which generation each row of the batch is
-        deciding = [options is not None and options[1]] * count  # rows whose next token is the decision
-        ended = [False] * count
-        for step in range(max_new_tokens + 1):
-            whole = logits.logsumexp(-1)
-            require_finite(whole.tolist(), self.name)
-            tokens = (logits.argmax(-1) if temperature == 0 else
-                      torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0])
-            chosen = (logits.gather(1, tokens[:, None])[:, 0] - whole).tolist()
-            stay = []
-            for row, (index, token) in enumerate(zip(alive, tokens.tolist())):
-                if deciding[index] and not ended[index]:
-                    made[index]["logit"] = (logits[row, options[0][0]] - logits[row, options[0][1]]).item()
-                if ended[index] or deciding[index] or step == max_new_tokens:  # or cut off
-                    ended[index] = True
-                    continue
-                made[index]["logprob"] += chosen[row]
-                made[index]["tokens"] += 1
-                if token in self.ends:
-                    made[index]["stopped"] = ended[index] = True
-                    continue
-                written[index].append(token)
-                if stop is not None and token in self._may_stop:
-                    text = self.tokenizer.decode(written[index], skip_special_tokens=True)
-                    if match := stop.search(text):
-                        made[index]["stopped"] = True
-                        written[index] = text[: match.end()]
-                        ended[index], deciding[index] = options is None, options is not None
-                        if ended[index]:
-                            continue
-                stay.append(row)
-            if not stay:
-                break
-            if len(stay) <= 0.75 * len(alive):  # ended rows leave, several at once since that copies the cache
-                keep = torch.tensor(stay, device=device)
-                cache.batch_select_indices(keep)
-                tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
-                alive = [alive[row] for row in stay]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-            positions = positions + 1
-            logits = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=positions,
-                                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        for index, text in enumerate(written):
-            text = text if isinstance(text, str) else self.tokenizer.decode(text, skip_special_tokens=True)
-            made[index]["text"] = text.strip()
-        return [made[i : i + k] for i in range(0, count, k)]
-
-
-class Endpoint:
-    """A language model behind an OpenAI-compatible server, with what the four steps use of `LM`.
-
-    Plain prompts go to /completions, chat turns to /chat/completions; `chat` "auto" means chat, since a server does
-    not say what its model is. The key comes from OPENAI_API_KEY and goes nowhere but to the server.
-    """
-
-    retries = 5  # by the client, on 429, 5xx and lost connections; after 0.5, 1, 2, 4, 8 s or as the server says
-    next_exemplar = "\nQuestion:"  # here a base model has ended its answer and goes on to a question of its own
-
-    def __init__(self, url, name, chat="auto", concurrency=8):
-        try:
-            import openai
-        except ImportError:
-            raise UserError("--base-url needs the official client: pip install openai") from None
-        if not re.match("https?://[^/?#]", url):
-            raise UserError("--base-url is an address such as http://localhost:8000/v1")
-        if concurrency < 1:
-            raise UserError("--concurrency is 1 or more")
-        self.name, self.chat, self.concurrency, self.openai = name, chat != "no", concurrency, openai
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"  # one's own server needs none
-        if not self.key.isascii():
-            raise UserError("OPENAI_API_KEY has characters that are in no key: set it again")
-        self.shown = re.sub("//[^/]*@", "//", url).partition("?")[0]  # the address without what may be secret in it
-        self.logprobs, self.answered = True, False  # until the server refuses to give them; until it has answered once
-        self.client = openai.OpenAI(base_url=url, api_key=self.key, max_retries=self.retries,
-                                    timeout=openai.Timeout(300, connect=10))
-
-    def render(self, prompt, exemplars=(), instruction=""):
-        """As `LM.render`, but turns or text instead of token ids."""
-        return chat_turns(prompt, exemplars, instruction) if self.chat else plain_text(prompt, exemplars)
-
-    def extend(self, prompt, text):
-        """As `LM.extend`; servers do not continue a turn of a chat, so the decision is asked for in another."""
-        if not self.chat:
-            return prompt + text
-        return [*prompt, {"role": "assistant", "content": text}, {"role": "user", "content": f"{DECISION} Yes or No?"}]
-
-    def option_ids(self, before, options):
-        """The words that `generate` looks for: a server gives its tokens as text."""
-        return [option.strip() for option in options]
-
-    def generate(self, prompts, max_new_tokens=256, stop=None, k=1, temperature=0.0, seed=0, options=None, done=()):
-        """As `LM.generate`; a batch is one question, and they come in the order in which they are finished.
-
-        Each of the k samples is a request of its own, since not every server knows `n`. Tokens are as the server counts
-        them. Where it gives no log-probabilities, "logprob" is None and "logit" plus or minus infinity, by the word.
-        """
-        todo = [index for index in range(len(prompts)) if index not in done]
-        rest, made, over = iter(todo), queue.SimpleQueue(), threading.Event()
-
-        def work():
-            for index in rest:  # one iterator for all threads
-                try:
-                    made.put((index, [self._generate(prompts[index], max_new_tokens, stop, temperature,
-                                                     seed * 1_000_003 + index * k + number, options)
-                                      for number in range(k) if not over.is_set()]))
-                except Exception as error:  # told by the one who waits
-                    made.put((index, error))
-
-        for _ in range(min(self.concurrency, len(todo))):
-            threading.Thread(target=work, daemon=True).start()  # an error ends the process at once, requests or not
-        self.answered |= len(todo) < len(prompts)
-        failed = {"text": "", "stopped": False, "failed": True, "tokens": 0, "prompt_tokens": 0, "logprob": None,
-                  **({"logit": -math.inf} if options else {})}
-        held, in_a_row = [], 0  # refused questions: they have failed if others are answered
-        try:
-            for _ in todo:
-                index, several = made.get()
-                if not isinstance(several, Exception):
-                    self.answered, in_a_row = True, 0
-                    yield [(index, several)]
-                elif isinstance(several, Refused) and in_a_row < 10:
-                    held, in_a_row, refusal = [*held, index], in_a_row + 1, several
-                else:
-                    raise several
-                if held and self.answered:
-                    print(f"{refusal} An answer counts as failed.", file=sys.stderr)
-                    yield [(index, [dict(failed) for _ in range(k)]) for index in held]
-                    held = []
-            if held:
-                raise refusal
-        finally:  # what has not begun is not asked any more
-            over.set()
-
-    def _generate(self, prompt, max_new_tokens, stop, temperature, seed, options):
-        settings = {"model": self.name, "temperature": temperature, "seed": seed}
-        if options and options[1]:  # what LM reads without writing it has to be written
-            max_new_tokens += 7
-        if self.chat:
-            settings |= {"messages": prompt, "max_completion_tokens": max_new_tokens}
-        else:
-            settings |= {"prompt": prompt, "max_tokens": max_new_tokens, "stop": [self.next_exemplar]}
-        if self.logprobs:  # of the tokens, and where a decision is read of the others: as many as all servers give
-            settings |= ({"logprobs": True, "top_logprobs": 5 if options else 0} if self.chat else
-                         {"logprobs": 5 if options else 1})
-        choice, usage = self._request(settings)
-        if usage.completion_tokens > max_new_tokens + 1:  # max_completion_tokens is not known everywhere
-            raise UserError(f"{self.shown} wrote {usage.completion_tokens} tokens where {max_new_tokens} were allowed: "
-                            "use another server" + ", or --chat no" * self.chat)
-        text = ((choice.message.content or "") if self.chat else choice.text).encode("utf-8", "replace").decode()
-        # /completions: some servers give the stop string back, some do not
-        text, ended, _ = (text, "", "") if self.chat else text.partition(self.next_exemplar)
-        match = stop and stop.search(text)
-        end, tokens = match.end() if match else len(text), self._tokens(choice)
-        whole = choice.finish_reason not in ("length", "content_filter")  # servers have many words for its end
-        made = {"text": text[:end].strip(), "stopped": bool(match or ended or whole),
-                "tokens": usage.completion_tokens, "prompt_tokens": usage.prompt_tokens,
-                "logprob": sum(logprob for start, _, logprob, _ in tokens if start < end)
-                if tokens or choice.logprobs and not text else None}
-        if options:
-            words, at_once = options
-            made["logit"] = self._log_odds(words, text, 0 if at_once else end, tokens)
-            if at_once and made["logit"] is None:
-                made["logit"] = -math.inf  # asked outright it said neither: taken as the second
-        return made
-
-    def _request(self, settings):
-        """(choice, usage) of one request; what can go wrong becomes one line."""
-        try:
-            reply = (self.client.chat if self.chat else self.client).completions.create(**settings)
-        except self.openai.OpenAIError as error:
-            if "logprobs" in settings and "logprobs" in str(error):
-                if self.logprobs:
-                    print(f"{self.shown} gives no log-probabilities: decisions are read from words", file=sys.stderr)
-                self.logprobs = False
-                return self._request({key: value for key, value in settings.items() if "logprobs" not in key})
-            refused = isinstance(error, self.openai.BadRequestError)  # one alone may be too long, or its content
-            raise (Refused if refused else UserError)(self._explain(error)) from None
-        except ValueError:  # no JSON
-            reply = None
-        if not getattr(reply, "choices", None) or not reply.usage:
-            raise UserError(f"{self.shown} answers, but not as an OpenAI-compatible server (most end in /v1)")
-        return reply.choices[0], reply.usage
-
-    def _explain(self, error):
-        """One line about an error of the client, without the key."""
-        status = getattr(error, "status_code", None)
-        if status == 401:  # what the server says here may hold a part of the key
-            return f"{self.shown} refuses the key (401): set the environment variable OPENAI_API_KEY"
-        said = f"{self.shown}: " + visible(" ".join(str(error).split()).replace(self.key, "..."))[:300]
-        if status == 404:
-            return said + " Check --model, --base-url (most end in /v1) and --chat (no: /completions)"
-        if status is None or status == 429 or status >= 500:
-            said += f" ({self.retries + 1} tries; what is finished is kept, the same command goes on from there)"
-        return said
-
-    def _tokens(self, choice):
-        """[(where it starts, token, log-probability, {token: log-probability} there), ...], [] if not given."""
-        given = choice.logprobs
-        if given is None:
-            return []
-        if self.chat:
-            rows = [(token.token, token.logprob, {other.token: other.logprob for other in token.top_logprobs or ()})
-                    for token in given.content or ()]
-        else:
-            rows = [(token, logprob, others or {}) for token, logprob, others in
-                    zip(given.tokens or (), given.token_logprobs or (), given.top_logprobs or ())]
-        starts = itertools.accumulate((len(token) for token, _, _ in rows), initial=0)
-        return [(start, *row) for start, row in zip(starts, rows)]
-
-    def _log_odds(self, words, text, start, tokens):
-        """Log-odds of the first word against the second where one stands in `text` at `start`, else None."""
-        word = re.compile(rf"\W*(?:answer )?({'|'.join(words)})\b", re.IGNORECASE).match(text, start)
-        if word is None:
-            return None
-        there = [others for begin, token, _, others in tokens if begin <= word.start(1) < begin + len(token)]
-        listed = [[logprob for others in there for token, logprob in others.items() if token.strip() == name]
-                  for name in words]
-        if any(listed):  # one that is not listed is at most as likely as the least of those that are
-            first, second = (max(found, default=min(there[0].values())) for found in listed)
-            return first - second
-        return math.inf if word[1].lower() == words[0].lower() else -math.inf
-
-
-def load_llm(args):
-    """The LLM: on this machine, or with --base-url behind a server."""
-    if args.base_url:
-        return Endpoint(args.base_url, args.model, args.chat, args.concurrency)
-    return LM(args.model, args.bits, args.batch_tokens, args.chat)
-
-
-# --- The four steps. Each yields batches [(index of the record, row), ...]; `stage` keeps them on disk. ---
-
-INSTRUCTIONS = {  # for chat models, in front of the first turn
-    "cot": "Answer the question. Reason step by step, one step a line. The last line is #### and the answer.",
-    "decomp": "Answer the question. On each line ask one sub-question and answer it. "
-              "The last line is #### and the answer.",
-    "ask": "Write the sub-questions that an answer to the question has to settle, one a line. Then decide whether the "
-           "given answer has to be refined: the last line is 'Refine: Yes' or 'Refine: No'.",
-    "choose": "Which answer to the question is better? Write one letter, A or B.",
-    "refine": "Check the given answer and write a revised answer. Reason step by step, one step a line. "
-              "The last line is #### and the answer.",
+# ======================================================================================================================
+# Part 2. Data and commands: tasks, files, flags; `sample`, `subquestions`, `solve`.
+# ======================================================================================================================
+
+TASKS = {  # how an answer is read; the command that makes the data; whose exemplars.jsonl it has. A new task: one line
+    "toy": {"answer": "number", "prepare": "data/toy/prepare.py", "exemplars": "toy"},
+    "gsm8k": {"answer": "number", "prepare": "data/prepare.py gsm8k", "exemplars": "gsm8k"},
+    "gsm8k-offline": {"answer": "number", "prepare": "data/prepare.py gsm8k-offline --files DIR", "exemplars": "gsm8k"},
+    "strategyqa": {"answer": "yes/no", "prepare": "data/prepare.py strategyqa", "exemplars": "strategyqa"},
 }
 
 
-def answer_stop(task, chat):
-    """Where a solution ends: behind its answer line; for a plain prompt also where the next exemplar would begin."""
-    line = ANSWER_LINE[TASKS[task]["answer"]] + r"[^\n]*\n"
-    return re.compile(line if chat else line + r"|\n\n|\n(?=Question:)")
+class UserError(Exception):
+    """Something the user can mend; its text is the one line they see."""
 
 
-def solutions(lm, task, step, prompts, exemplars, **how):
-    """Continue prompts to solutions; yields batches of (index, [candidate, ...]). `how` goes to `LM.generate`."""
-    prompts = [lm.render(prompt, exemplars, INSTRUCTIONS[step]) for prompt in prompts]
-    for batch in lm.generate(prompts, stop=answer_stop(task, lm.chat), **how):
-        yield [(index, [{**made, "answer": extract_answer(task, made["text"])} for made in several])
-               for index, several in batch]
+def read_jsonl(path, mend):
+    """The records of a JSONL file; `mend` says where it comes from."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is missing: {mend}")
+    records = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if line.strip():
+            record = parse_line(line)
+            if record is None:
+                raise UserError(f"{path}, line {number}: not a JSON object; mend or delete that line")
+            records.append(record)
+    return records
 
 
-def predict(lm, task, records, exemplars=(), strategy="cot", facts=False, **how):
-    """Step 1: an answer to each question, or k of them (paper, section 3.1)."""
-    shown = [(predict_prompt(e, strategy, facts), solution_text(e["solution"], e["answer"], strategy))
-             for e in exemplars]
-    prompts = [predict_prompt(record, strategy, facts) for record in records]
-    yield from solutions(lm, task, strategy, prompts, shown, **how)
+def parse_line(line):
+    r"""The JSON object of a line; None if it is none, or holds half a character, which nobody can write or tokenize.
 
-
-def draw(lm, args, records, k, temperature, seed, first=0, **how):
-    """Samples first, first + 1, ... of each record as rows of samples.jsonl: a prediction, its number, its verdict."""
-    exemplars = load_exemplars(args.task, args.shots, args.data)
-    for batch in predict(lm, args.task, records, exemplars, args.strategy, args.facts == "both", k=k,
-                         temperature=temperature, seed=seed, max_new_tokens=args.max_new_tokens, **how):
-        yield [(i, [{"sample": first + j, "correct": verdict(args.task, made, records[i]["answer"]), **made}
-                    for j, made in enumerate(several)]) for i, several in batch]
-
-
-def probability(log_odds):
-    """Of the first of two options, from the log-odds of it against the second; also for plus and minus infinity.
-
-    >>> probability(0.0), probability(float("inf"))
-    (0.5, 1.0)
+    >>> parse_line('{"a": 1}'), parse_line('{"a": '), parse_line('{"a": "\\ud800"}')
+    ({'a': 1}, None, None)
     """
-    return (1 + math.tanh(log_odds / 2)) / 2
-
-
-def subquestions_of(record):
-    """The gold sub-questions of a record or exemplar."""
-    return [subquestion for subquestion, _ in record.get("solution", ()) if subquestion]
-
-
-def parse_subquestions(text):
-    r"""The sub-questions in an Asker's text: the lines before the decision, without bullets, twelve at most.
-
-    An LLM that asks itself may revise the answer at once, without a decision; that is no sub-question.
-
-    >>> parse_subquestions("1. How many are left?\n- Who has them?\nRefine:")
-    ['How many are left?', 'Who has them?']
-    """
-    asked = re.split(f"{DECISION}|Revised answer:", text)[0]
-    lines = [re.sub(r"^\s*(?:[-*]|\d{1,3}[.)])?\s*", "", line).strip() for line in asked.splitlines()]
-    return [line for line in lines if line][:12]
-
-
-def ask(lm, task, records, drafts, exemplars=(), shift=0.0, **how):
-    """Step 2: sub-questions and the probability that the draft has to be refined, in one pass (paper, section 3.2).
-
-    The probability is read from the logits of Yes against No behind "Refine:"; `shift` puts the prior back that
-    balanced training took out. The trained Asker (`with lm.use("asker")`) and the LLM asking itself both come here.
-    """
-    shown = [(ask_prompt(e, e["draft"]),
-              ask_target(subquestions_of(e), not is_correct(task, e["draft"], e["answer"]))) for e in exemplars]
-    prompts = [lm.render(ask_prompt(record, draft), shown, INSTRUCTIONS["ask"])
-               for record, draft in zip(records, drafts)]
-    options = lm.option_ids(DECISION, [" Yes", " No"])
-    for batch in lm.generate(prompts, stop=re.compile(DECISION), options=(options, False), **how):
-        rows = {index: {**made, "subquestions": parse_subquestions(made["text"])} for index, (made,) in batch}
-        undecided = [index for index, row in rows.items() if row["logit"] is None]  # the model is asked outright
-        ends = ["\n".join([*rows[index]["subquestions"], DECISION]) for index in undecided]
-        ends = [lm.extend(prompts[index], end) for index, end in zip(undecided, ends)]
-        for again in lm.generate(ends, max_new_tokens=1, options=(options, True)):
-            for position, (made,) in again:
-                row = rows[undecided[position]]
-                row |= {"logit": made["logit"], **{key: row[key] + made[key] for key in ("tokens", "prompt_tokens")}}
-        yield [(i, [{"subquestions": row["subquestions"], "p_refine": probability(row["logit"] + shift),
-                     **{key: row[key] for key in ("stopped", "tokens", "prompt_tokens")}}]) for i, row in rows.items()]
-
-
-def refine(lm, task, records, drafts, subquestions=None, exemplars=(), facts=False, **how):
-    """Step 3: a revised answer from question, draft and sub-questions (None: without; paper, section 3.3)."""
-    with_questions = any(subquestions or ())
-    shown = [(refine_prompt(e, e["draft"], subquestions_of(e) if with_questions else None, facts),
-              solution_text(e["solution"], e["answer"])) for e in exemplars]
-    prompts = [refine_prompt(record, draft, asked, facts)
-               for record, draft, asked in zip(records, drafts, subquestions or [None] * len(records))]
-    yield from solutions(lm, task, "refine", prompts, shown, **how)
-
-
-def choose(lm, records, texts, done=()):
-    """Step 4 by the LLM itself: it sees both texts as A and B, in both orders, and names the better (row asker_self).
-
-    `texts[i]` is {name: text} of two; yields batches of (i, [{name: probability, ..., "tokens", "prompt_tokens"}]),
-    the mean over both orders, since a model may prefer a place.
-    """
-    pairs = [list(pair.values())[::order] for pair in texts for order in (1, -1)]
-    prompts = [lm.render(choice_prompt(records[place // 2], *pair), instruction=INSTRUCTIONS["choose"])
-               for place, pair in enumerate(pairs)]
-    options, seen = lm.option_ids("Better answer:\n", ["A", "B"]), {}
-    done = {place for index in done for place in (2 * index, 2 * index + 1)}
-    for batch in lm.generate(prompts, max_new_tokens=1, options=(options, True), done=done):
-        seen |= {place: made for place, (made,) in batch}
-        rows = []
-        for index in {place // 2 for place, _ in batch}:
-            if {2 * index, 2 * index + 1} <= seen.keys():
-                (first, second), read = texts[index], (seen[2 * index], seen[2 * index + 1])
-                p = (probability(read[0]["logit"]) + 1 - probability(read[1]["logit"])) / 2
-                rows.append((index, [{first: p, second: 1 - p, **{
-                    key: sum(made[key] for made in read) for key in ("tokens", "prompt_tokens")}}]))
-        yield rows
-
-
-def end_to_end(lm, task, records, **how):
-    """All four steps by one fine-tuned model in one go: draft, sub-questions, decision and, if so, the refinement."""
-    prompts = [lm.render(predict_prompt(record)) for record in records]
-    for batch in lm.generate(prompts, **how):
-        yield [(i, [{**made, "answer": extract_answer(task, text), "text": text, "written": made["text"]}])
-               for i, (made,) in batch for text in [parse_end_to_end(made["text"])]]
-
-
-class Truster:
-    """Scores answers: one scalar for a question and a text, the higher the better (paper, section 3.4)."""
-
-    def __init__(self, folder, batch_tokens=16384, about=None):
-        self.about = about or read_about(folder, "train_truster.py")
-        base = load_scorer(self.about["model"], self.about["bits"], self.about["seed"])
-        with loading(folder):
-            self.model = PeftModel.from_pretrained(base, folder).eval()
-        self.tokenizer, self.batch_tokens = load_tokenizer(self.about["model"]), batch_tokens
-        check_scorer(self.model)
-
-    @torch.inference_mode()
-    def score(self, records, texts, done=()):
-        """`texts[i]` is {name: text} for record i; yields batches of (i, [{name: score, ..., "prompt_tokens": n}]).
-
-        Equal texts are scored once; their tokens are counted for each.
-        """
-        different = [list(dict.fromkeys(several.values())) for several in texts]
-        rows = [self.tokenizer([trust_prompt(record, text) for text in several])["input_ids"]
-                for record, several in zip(records, different)]
-        most = max(map(len, rows), default=0)
-
-        def work(batch):
-            ids, mask = left_pad([row for i in batch for row in rows[i]], self.tokenizer.pad_token_id,
-                                 self.model.device)
-            scores, made = score_batch(self.model, ids, mask).tolist(), []
-            require_finite(scores, self.about["model"])
-            scores = iter(scores)
-            for i in batch:
-                score, length = dict(zip(different[i], scores)), dict(zip(different[i], map(len, rows[i])))
-                made.append([{**{name: score[text] for name, text in texts[i].items()},
-                              "prompt_tokens": sum(length[text] for text in texts[i].values())}])
-            return made
-
-        for batch in plan_batches([most * max(map(len, several)) for several in rows], self.batch_tokens):
-            if not all(index in done for index in batch):
-                yield by_halves(batch, work)
-
-
-def score_batch(model, ids, mask):
-    """Scores (rows,) of token ids (rows, length) padded on the left; the last token carries the score."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    dtype = getattr(model, "module", model).get_input_embeddings().weight.dtype
-    # the head is in fp32, what it reads may not be
-    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-        return model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 0].float()
-
-
-class Shelf:
-    """The models of a run, one in memory at a time; the LLM and what is fine-tuned from the same base are one model."""
-
-    def __init__(self, args):
-        self.args, self._model, self._key, self._endpoint = args, None, None, None
-        self.folder = getattr(args, "adapters", None) or args.runs / args.task / args.run
-
-    def about(self, name):
-        """args.json of the adapter "asker", "finetuned", "end_to_end" or "truster"."""
-        return read_about(self.folder / name, "train_truster.py" if name == "truster" else "train_asker.py")
-
-    def get(self, name):
-        """The LLM ("llm"), the Truster, or the model that carries an adapter, for `with shelf.get(name).use(name):`."""
-        if name == "llm" and self.args.base_url:
-            self._endpoint = self._endpoint or load_llm(self.args)  # takes no memory here
-            return self._endpoint
-        args = self.args
-        about = {"model": args.model, "bits": args.bits} if name == "llm" else self.about(name)
-        key = name == "truster", find_model(about["model"]), about["bits"]
-        if key != self._key:
-            self._model = self._key = None
-            if name == "truster":
-                self._model = Truster(self.folder / name, args.batch_tokens)
-            else:
-                self._model = LM(about["model"], about["bits"], args.batch_tokens, args.chat)
-                self._add_adapters(key)
-            self._key = key
-        return self._model
-
-    def _add_adapters(self, key):
-        """What there is for this base. All at once and before its first pass: bitsandbytes packs the 4-bit weights anew
-        then on some CPUs, and loading an adapter after that would round them once more."""
-        for name in ("asker", "finetuned", "end_to_end"):
-            if (self.folder / name / "args.json").is_file():
-                about = self.about(name)
-                if (False, find_model(about["model"]), about["bits"]) == key:
-                    self._model.add_adapter(name, self.folder / name)
-
-
-# --- The run folder: what was made stays made. ---
-
-
-@contextlib.contextmanager
-def lock(folder):
-    """One process at a time writes in a folder; the lock goes with the process, however it ends."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     try:
-        with contextlib.nullcontext() if RANK else filelock.FileLock(Path(folder) / ".lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UserError(f"another process is at work in {folder}: wait for it, or give another --run or "
-                        "--runs") from None
-
-
-@functools.cache
-def parameters(name):
-    """Number of parameters of a model, counted on its architecture alone."""
-    with torch.device("meta"):
-        config = load_config(name)
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
-
-
-def data_hash(task, splits=("train", "dev"), data=ROOT / "data"):
-    """A hash over the records of splits of a task."""
-    return short_hash([load_task(task, split, data=data) for split in splits])
-
-
-def provenance():
-    """Versions of the packages and the commit of the kit (with "-dirty" where it was changed since)."""
-    commit = None
-    with contextlib.suppress(OSError):  # no git here
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    packages = ("torch", "transformers", "bitsandbytes", "peft", "numpy")
-    return {"commit": commit, "versions": {name: version(name) for name in packages}}
-
-
-def short_hash(value):
-    """A hash of any JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def require_same(before, now, what, mend):
-    """Refuse, naming the first difference, unless `before` holds all that `now` does."""
-    for key, value in now.items():
-        if before.get(key) != value:
-            raise UserError(f"{what} was made with {key} = {before.get(key)}, now it is {value}: {mend}")
-
-
-LLM_KEYS = ["bits", "strategy", "facts", "shots", "chat", "max_new_tokens"]  # what an LLM's answers depend on
-
-
-def write_about(path, about):
-    """What made an output, beside it. An adapter's args.json is written last: a folder with it is complete."""
-    write_json(path, {**about, "provenance": provenance()})
-
-
-def maker(path):
-    """The file in which `claim` writes what makes the output at `path`."""
-    return Path(path).with_suffix(".args.json")
-
-
-def claim(path, made_by):
-    """Write beside `path` what makes it; refuse, naming the difference, if something else already did.
-
-    Other package versions or another commit only warn and are added to the record: to refuse them would throw away
-    hours of work after a `git pull` or at Colab's next update.
-    """
-    about = maker(path)
-    mend = f"delete it (and {about.name}) or give another --run or --runs"
-    if not about.exists():
-        if Path(path).exists() and not RANK:
-            raise UserError(f"{path} is there, but not {about.name}, which says what made it: bring that back, or "
-                            + mend)
-        write_about(about, made_by)
-        return
-    before, now = json.loads(about.read_text()), provenance()
-    require_same(before, made_by, path, mend)
-    makers = [before["provenance"], *before.get("continued_by", [])]
-    if now not in makers:
-        old, new = ({"commit": made["commit"], **made["versions"]} for made in (makers[-1], now))
-        others = "; ".join(f"{key} = {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key])
-        print(f"warning: {path} was made with {others}: what is lacking is made with these", file=sys.stderr)
-        write_json(about, {**before, "continued_by": [*makers[1:], now]})
-
-
-def require_distinct(ids):
-    """Refuse an id that stands for two questions: one would be given the other's answers."""
-    if doubled := [name for name, count in collections.Counter(ids).items() if count > 1]:
-        raise UserError(f"the id {doubled[0]!r} stands for two questions: ids must differ within and between splits")
-
-
-def stage(path, label, ids, batches, per_id=1):
-    """Rows of a step by id, {id: [row, ...]}; what `path` holds is not made again, the rest is appended by batches.
-
-    Args:
-        batches: function of `done`, the set of indices into `ids` that are complete; yields [(index, [row, ...]), ...].
-        per_id: rows that make an id complete; they are told apart by their key "sample".
-    """
-    require_distinct(ids)
-    rows = {}
-    if Path(path).exists():
-        for row in read_jsonl(path, journal=True):
-            rows.setdefault(row["id"], {})[row.get("sample", 0)] = row
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    done = {index for index, name in enumerate(ids) if len(rows.get(name, ())) >= per_id}
-    if len(done) < len(ids):
-        with tqdm(total=len(ids), initial=len(done), desc=label, unit="q", dynamic_ncols=True) as bar, \
-                open(path, "a", encoding="utf-8") as file:
-            for batch in batches(done):
-                new = [{"id": ids[index], **row} for index, several in batch for row in several
-                       if row.get("sample", 0) not in rows.get(ids[index], ())]
-                file.write(to_lines(new))
-                file.flush()
-                wrote()
-                for row in new:
-                    rows.setdefault(row["id"], {})[row.get("sample", 0)] = row
-                bar.update(len({row["id"] for row in new}))
-    return {name: [row for _, row in sorted(rows[name].items())] for name in ids}
-
-
-# --- QLoRA: what both trainings share. The loop itself is transformers.Trainer. ---
-
-
-def add_lora(model, task_type, rank, start=None):
-    """LoRA on all linear layers of a frozen base (QLoRA, arXiv 2305.14314); adapters and head stay in fp32.
-
-    `start` is the folder of an adapter to go on from.
-    """
-    if torch.cuda.is_available() and getattr(model, "is_loaded_in_4bit", False):
-        dtype = model.get_input_embeddings().weight.dtype  # norms in fp32, gradient checkpointing on
-        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-        for embedding in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-            embedding.to(dtype)  # frozen, and gigabytes in fp32 where the vocabulary is large
-    elif torch.cuda.is_available():
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    if start:
-        model = PeftModel.from_pretrained(model, start, is_trainable=True)
-    else:
-        model = get_peft_model(model, LoraConfig(
-            task_type=task_type, r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-            modules_to_save=["score"] if task_type == TaskType.SEQ_CLS else None))
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
-            assert "lora_" in name or ".score." in name, name
-    return model
-
-
-def load_scorer(name, bits, seed):
-    """A base with a fresh scalar head for the Truster, the head in fp32 and never quantised."""
-    transformers.set_seed(seed)
-    model = load_base(name, bits, transformers.AutoModelForSequenceClassification, num_labels=1,
-                      pad_token_id=load_tokenizer(name).pad_token_id)
-    model.score.float()
-    return model
-
-
-def check_scorer(model):
-    """The Truster's head must be a plain fp32 layer: 4-bit loading and adapters have lost or quantised it elsewhere."""
-    heads = [module for name, module in model.named_modules() if name.endswith("score.modules_to_save.default")]
-    assert len(heads) == 1 and type(heads[0]) is torch.nn.Linear and heads[0].weight.dtype == torch.float32, heads
-
-
-class StopOnNonFinite(transformers.TrainerCallback):
-    """End training at the first loss or gradient that is not finite, instead of averaging it away.
-
-    In fp16 a gradient may overflow: the step is left out and the loss scaled down, 16 times in a row at most.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.last = state.global_step  # whose gradient was finite
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= control.should_save  # what is kept was looked at
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if math.isfinite(logs.get("grad_norm", math.nan)):
-            self.last = state.global_step
-        overflow = args.fp16 and state.global_step - self.last <= 20
-        for name in ("loss",) if overflow else ("loss", "grad_norm"):
-            if not math.isfinite(logs.get(name, 0)):
-                raise UserError(f"{name} is {logs[name]} at step {state.global_step}: lower --lr, or on a card without "
-                                "bf16 use --bits 32; the last checkpoint is kept")
-
-    def on_save(self, *args, **kwargs):
-        wrote()  # a checkpoint is a write like any other
-
-
-class SortedSteps(torch.utils.data.Sampler):
-    """Examples in random order, those of one optimiser step sorted by length: its batches then need little padding.
-
-    Which examples meet in a step stays random, so the loss does not go up and down with the length. `epoch` is a
-    function: under torchrun the Trainer's `set_epoch` does not get through to a sampler.
-    """
-
-    def __init__(self, lengths, step, seed, epoch):
-        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, epoch
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def __iter__(self):
-        order = list(range(len(self)))
-        random.Random(f"{self.seed} {self.epoch()}").shuffle(order)
-        for start in range(0, len(order), self.step):
-            yield from sorted(order[start : start + self.step], key=lambda index: -self.lengths[index])
-
-
-class LossTrainer(transformers.Trainer):
-    """The Trainer with a loss function of (model, inputs) that returns a mean over the batch, and `SortedSteps`."""
-
-    def __init__(self, *args, loss, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.loss, self.loss_is_scaled_for_ga = loss, False
-        self.model_accepts_loss_kwargs = False  # says the same to transformers before 5.19
-
-    def _get_train_sampler(self, train_dataset=None):
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return SortedSteps(list(map(tokens_of, self.train_dataset)), step, self.args.seed,
-                           epoch=lambda: int(self.state.epoch or 0))
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return self.loss(model, inputs)
-
-
-def peak_memory():
-    """Bytes that tensors took at most on the GPU, else that this process took; None where neither is known."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
+        record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return record if isinstance(record, dict) else None
 
 
-def last_checkpoint(folder):
-    """The last whole checkpoint in `folder`, or None: its trainer_state.json is written last, so it can be read."""
-    whole = []
-    for path in Path(folder).glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(ValueError):  # of a killed run, or a full disk
-            whole.append((json.loads(path.read_text())["global_step"], str(path.parent)))
-    return max(whole, default=(0, None))[1]
+def write(path, content):
+    """Write text, a list of records or a dictionary, whole or not at all."""
+    if isinstance(content, list):
+        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
+    elif isinstance(content, dict):
+        content = json.dumps(content, indent=1) + "\n"
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(content, encoding="utf-8", newline="\n")
+    part.replace(path)
 
 
-def fine_tune(model, examples, collate, loss, args, folder, epochs, size=None):
-    """Train the adapter of `model` on `examples`, going on from its last checkpoint; returns figures of it.
+def load_task(task, split, limit=None, data=ROOT / "data"):
+    """Records of data/<task>/<split>.jsonl (split: train, dev or test), the first `limit` of them."""
+    path = Path(data) / task / f"{split}.jsonl"
+    mend = f"make it with: python {TASKS[task]['prepare']}"
+    records, gold = read_jsonl(path, mend)[:limit], GOLD[TASKS[task]["answer"]]
+    if not records:
+        raise UserError(f"{path} is empty: {mend}")
+    for number, record in enumerate(records, 1):
+        if missing := {"id", "question", "answer"} - record.keys():
+            raise UserError(f"{path}, line {number}: no {', '.join(sorted(missing))} in this record")
+        if not re.fullmatch(gold, str(record["answer"])):  # else a part might pass for it
+            raise UserError(f"{path}, line {number}: the answer {record['answer']!r} is not a "
+                            f"{TASKS[task]['answer']} and nothing else")
+    if len({record["id"] for record in records}) < len(records):
+        raise UserError(f"{path}: an id stands for two records; ids must differ")
+    return records
 
-    What is in `folder` when this returns is the trained adapter; `model` is not, where an earlier start had ended.
-    `size` is --batch-size, smaller where memory ran out: as many more batches are added up, so that a step remains the
-    same.
+
+def load_exemplars(task, shots, data=ROOT / "data"):
+    """The first `shots` hand-written exemplars of a task; none of them is an item of its data."""
+    paths = [Path(folder) / TASKS[task]["exemplars"] / "exemplars.jsonl" for folder in (data, ROOT / "data")]
+    path = next((path for path in paths if path.is_file()), None)
+    return read_jsonl(path, "")[:shots] if shots and path else []
+
+
+def load_run(folder):
+    """The records of a finished run as columns: {"id": array, "right.art": array, "ask.asker.p_refine": array, ...}.
+
+    Where a record lacks a value it is None.
     """
-    finished = Path(folder) / "checkpoints/trained.json"
-    if finished.is_file():  # the Trainer would take another step after the last of a broken epoch
-        print(f"going on from {finished}")
-        return json.loads(finished.read_text())
-    dtype, cuda, size = compute_dtype(args.bits), torch.cuda.is_available(), size or args.batch_size
-    trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    fresh = [weight.detach().cpu().clone() for weight in trainable]
-    settings = transformers.TrainingArguments(
-        output_dir=str(Path(folder) / "checkpoints"), num_train_epochs=epochs, learning_rate=args.lr,
-        lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=1.0, per_device_train_batch_size=size,
-        gradient_accumulation_steps=args.accumulate * args.batch_size // size,
-        optim="paged_adamw_8bit" if cuda else "adamw_torch",
-        seed=args.seed, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda,
-        logging_steps=10, logging_nan_inf_filter=False, save_steps=args.save_steps,
-        save_total_limit=1, report_to=args.report_to, remove_unused_columns=False, dataloader_pin_memory=cuda,
-        include_num_input_tokens_seen="non_padding", disable_tqdm=False, ddp_find_unused_parameters=False)
-    settings._n_gpu = min(settings.n_gpu, 1)  # more cards through torchrun alone: DataParallel knows no 4-bit weights
-    trainer = LossTrainer(model, settings, collate, examples, loss=loss, callbacks=[StopOnNonFinite()])
-    last, full = last_checkpoint(settings.output_dir), False
-    if last:
-        print(f"going on from {last}")
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    except torch.OutOfMemoryError:
-        full = True  # dealt with below, since an exception holds on to what filled the memory
-    if full and (size == 1 or settings.world_size > 1):  # several processes cannot agree on smaller batches now
-        raise UserError(f"out of memory with a batch of {size}: lower --batch-size and raise --accumulate, lower "
-                        "--max-length, or use a smaller model or --bits 4; the last checkpoint is kept")
-    if full:
-        del trainer
-        gc.collect()
-        torch.cuda.empty_cache()
-        for weight, old in zip(trainable, fresh):  # there may be no checkpoint yet
-            weight.data.copy_(old)
-        half = size // 2 if size % 2 == 0 else 1
-        print(f"out of memory: a batch of {size} becomes {size // half} batches of {half}", file=sys.stderr)
-        return fine_tune(model, examples, collate, loss, args, folder, epochs, half)
-    if RANK == 0:
-        model.save_pretrained(folder)
-    state = trainer.state
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    before = int(last.rpartition("-")[2]) if last else 0  # steps of an earlier start, which took as long each
-    seconds = state.log_history[-1]["train_runtime"] * state.global_step / max(1, state.global_step - before)
-    figures = {"steps": state.global_step, "examples": len(examples), "loss": losses[-1] if losses else None,
-               "trainable_parameters": sum(weight.numel() for weight in trainable),
-               "tokens": state.num_input_tokens_seen, "seconds": round(seconds, 1), "peak_memory": peak_memory()}
-    write_json(finished, figures)
-    trainer.accelerator.wait_for_everyone()
-    return figures
+    def flatten(value, name=""):
+        if not isinstance(value, dict):
+            return {name: value}
+        return {key: leaf for part, inner in value.items()
+                for key, leaf in flatten(inner, f"{name}.{part}" if name else part).items()}
+
+    rows = [flatten(record) for record in read_jsonl(Path(folder) / "records.jsonl", "make it with: evaluate.py")]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    plain = {name: all(isinstance(value, (bool, int, float, str)) for value in column)
+             for name, column in columns.items()}
+    return {name: np.array(column) if plain[name] else np.fromiter(column, object, len(column))
+            for name, column in columns.items()}
 
 
 def load_samples(args, records):
-    """({id: rows in order of "sample"}, hash of that) from `python art.py sample`, for all of `records`."""
+    """{id: {"samples": [...], "draft": ...}} from `python art.py sample`, for all of `records`."""
     path, mend = args.runs / args.task / "samples.jsonl", f"make it with: python art.py sample --task {args.task}"
-    samples = {}
-    for row in read_jsonl(path, mend):
-        samples.setdefault(row["id"], []).append(row)
-    if not maker(path).is_file():
-        raise UserError(f"{maker(path)}, which says what made the samples, is missing; {mend}")
-    k = json.loads(maker(path).read_text()).get("k")
-    if not k:
-        raise UserError(f"{path} is not finished: python art.py sample with the same flags goes on with it")
-    if lacking := sum(len(samples.get(record["id"], ())) < k for record in records):
-        raise UserError(f"{path} lacks samples of {lacking} of {len(records)} questions: {mend} and the same --limit")
-    samples = {record["id"]: sorted(samples[record["id"]], key=lambda row: row["sample"]) for record in records}
-    return samples, short_hash(samples)
+    rows = {row["id"]: row for row in read_jsonl(path, mend)}
+    if lacking := sum(record["id"] not in rows for record in records):
+        raise UserError(f"{path} lacks {lacking} of {len(records)} questions: {mend}, with the same limits")
+    return {record["id"]: rows[record["id"]] for record in records}
 
 
-def labels_of(rows):
-    """{text: correct} of the different samples of a question; one that a server refused teaches nothing.
-
-    >>> labels_of([{"text": "#### 4", "correct": True}, {"text": "", "correct": False, "failed": True}])
-    {'#### 4': True}
-    """
-    return {row["text"]: row["correct"] for row in rows if not row.get("failed")}
+def labels_of(row):
+    """{text: correct} of the different samples of a question; one that failed teaches nothing."""
+    return {one["text"]: one["correct"] for one in row["samples"] if not one.get("failed")}
 
 
-def tokens_of(example):
-    """Length in tokens of an Asker's example, or of the longest answer in a Truster's."""
-    return max(map(len, example["rows"])) if "rows" in example else len(example["prompt"]) + len(example["target"])
+def question_hash(record):
+    """A hash of a question's words: adapters remember which questions they were trained on."""
+    return short_hash(re.findall(r"\w+", record["question"].casefold()))
 
 
-def drop_long(examples, max_length):
-    """Examples of at most `max_length` tokens; longer ones are left out and counted: cutting would cut the answer."""
-    kept = [example for example in examples if tokens_of(example) <= max_length]
-    if not kept:
-        raise UserError(f"all {len(examples)} training examples exceed --max-length {max_length} tokens: raise it")
-    if len(kept) < len(examples):
-        print(f"{len(examples) - len(kept)} of {len(examples)} examples left out: over --max-length {max_length}")
-    return kept
-
-
-ADAPTER = "adapter_model.safetensors"
-
-
-def adapter_hash(folder):
-    """A hash of the weights of an adapter."""
-    return hashlib.sha256((Path(folder) / ADAPTER).read_bytes()).hexdigest()[:16]
-
-
-def read_about(folder, script):
-    """args.json of an adapter; refused where base model or prompts are no longer those it was trained with."""
-    path = Path(folder) / "args.json"
-    if not (path.is_file() and path.with_name(ADAPTER).is_file()):  # peft would take a pickled one instead
-        raise UserError(f"no trained adapter ({ADAPTER} and args.json) in {folder}: make it with: python {script} "
-                        "(same --task, --run, --preset)")
-    about = json.loads(path.read_text())
-    now = {"prompt_version": PROMPT_VERSION, "revision": model_revision(about["model"])}
-    require_same(about, now, f"the adapter in {folder}", f"train it again with: python {script} --run ANOTHER")
-    return about
-
-
-def already_trained(folder, about):
-    """The finished args.json of `folder` if made by `about`; None if nothing is there; refused if made otherwise."""
-    path = Path(folder) / "args.json"
-    if not path.is_file():
-        claim(Path(folder) / "checkpoints", about)
-        return None
-    before = json.loads(path.read_text())
-    require_same(before, about, folder, "delete that folder or give another --run")
-    print(f"{folder} is trained already with these arguments: nothing to do")
-    return before
+def verdict(task, made, gold):
+    """Is an answer right? One that was cut off is not, whatever its last number."""
+    return made["stopped"] and is_correct(task, made["text"], gold)
 
 
 def auc(scores, labels):
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties half. None without both kinds.
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties half; None without both.
 
     >>> auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1])
     0.75
     """
     scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
-    if labels.all() or not labels.any():
-        return None
-    positive, negative = scores[labels][:, None], scores[~labels][None, :]
-    return float(((positive > negative) + 0.5 * (positive == negative)).mean())
+    pairs = scores[labels][:, None] - scores[~labels][None, :]
+    return float(((pairs > 0) + 0.5 * (pairs == 0)).mean()) if pairs.size else None
 
 
-def best_threshold(p, gain):
-    """The threshold on `p` (refine at or above it) with the largest sum of `gain` (n,), the middle one among equals.
+# --- Flags. What a user leaves out is taken from llm.json (the settings of the last `sample`), else from the preset.
 
-    >>> best_threshold([0.1, 0.6, 0.9], [-1, 1, 1])
-    0.35
-    """
-    p, gain = np.asarray(p), np.asarray(gain)
-    values = np.unique(p)
-    cuts = np.concatenate([[0.0], (values[1:] + values[:-1]) / 2, [np.nextafter(1, 2)]])  # always, between, never
-    sums = np.array([gain[p >= cut].sum() for cut in cuts])
-    best = np.flatnonzero(sums == sums.max())
-    return float(cuts[best[len(best) // 2]])
-
-
-# --- The command line. ---
-
-PRESETS = {  # sizes alone; "all" for every script, the rest for the script of that name
-    "toy": {
-        "all": {"model": "data/toy/base", "asker_model": "data/toy/base", "truster_model": "data/toy/base",
-                "k": 4, "shots": 0, "max_new_tokens": 96, "batch_tokens": 40000,
-                "rank": 16, "lr": 2e-3, "max_length": 512, "save_steps": 50},
-        "train_asker": {"batch_size": 32, "accumulate": 1, "task_epochs": 1, "epochs": 1},
-        "train_truster": {"batch_size": 8, "accumulate": 1, "epochs": 1}},
-    "t4": {
-        "all": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",
-                "truster_model": "Qwen/Qwen2.5-1.5B", "k": 4, "shots": 4, "max_new_tokens": 256, "batch_tokens": 16384,
-                "rank": 16, "lr": 2e-4, "max_length": 512, "save_steps": 100},
-        "train_asker": {"batch_size": 4, "accumulate": 8, "task_epochs": 2, "epochs": 1},
-        "train_truster": {"batch_size": 1, "accumulate": 16, "epochs": 1}},
-    "24gb": {
-        "all": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf",
-                "truster_model": "NousResearch/Llama-2-13b-hf", "k": 5, "shots": 8, "max_new_tokens": 256,
-                "batch_tokens": 16384, "rank": 16, "lr": 2e-4, "max_length": 512, "save_steps": 100},
-        "train_asker": {"batch_size": 8, "accumulate": 4, "task_epochs": 3, "epochs": 1},
-        "train_truster": {"batch_size": 2, "accumulate": 8, "epochs": 1}},
+PRESETS = {
+    "toy": {"model": "data/toy/base", "asker_model": "data/toy/base", "truster_model": "data/toy/base", "k": 4,
+            "shots": 0, "show_draft": "yes", "max_new_tokens": 96, "max_length": 512, "kv_gib": 0.25, "lr": 2e-3,
+            "asker_batch": (32, 1), "truster_batch": (8, 1), "task_epochs": 1, "epochs": 1, "save_steps": 50},
+    "small": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "asker_model": "Qwen/Qwen2.5-0.5B-Instruct",
+              "truster_model": "Qwen/Qwen2.5-0.5B-Instruct", "k": 3, "max_new_tokens": 512, "max_length": 1024,
+              "kv_gib": 0.5, "lr": 2e-4, "asker_batch": (4, 4), "truster_batch": (1, 8), "task_epochs": 2, "epochs": 1,
+              "save_steps": 25},
+    "t4": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",
+           "truster_model": "Qwen/Qwen2.5-1.5B", "k": 4, "max_new_tokens": 512, "max_length": 1024, "kv_gib": 4.0,
+           "lr": 2e-4, "asker_batch": (4, 8), "truster_batch": (1, 16), "task_epochs": 2, "epochs": 1,
+           "save_steps": 50},
+    "24gb": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf",
+             "truster_model": "NousResearch/Llama-2-13b-hf", "k": 5, "max_new_tokens": 512, "max_length": 1024,
+             "kv_gib": 8.0, "lr": 2e-4, "asker_batch": (4, 8), "truster_batch": (1, 16), "task_epochs": 3, "epochs": 1,
+             "save_steps": 50},
 }
+LLM_KEYS = ["model", "base_url", "bits", "chat", "shots", "strategy", "facts", "show_draft", "max_new_tokens",
+            "draft_temperature", "temperature", "sample_seed", "k", "preset"]  # kept in llm.json
 
 
-def make_parser(llm=False, training=False, doc=None):
-    """A parser with the flags that scripts share, and those of the LLM or of training; without `doc` to be a parent."""
-    parser = argparse.ArgumentParser(add_help=bool(doc), description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--task", default="toy", choices=TASKS, help="what is asked (toy: needs no download)")
-    add("--preset", default="toy", choices=PRESETS, help="sizes for a CPU, 16 GB or 24 GB (toy); flags win over it")
-    add("--seed", type=int, default=0, help="of sampling, weights and data order (0)")
-    add("--run", default="default", help="folder runs/<task>/<run> (default); samples are shared by the runs of a task")
-    add("--runs", type=Path, default=ROOT / "runs",
-        help="folder of all runs (runs in the kit; on Colab a local one, copied to Drive after)")
-    add("--data", type=Path, default=ROOT / "data", help="folder of the tasks (data in the kit)")
-    add("--limit", type=int, help="only the first N questions of each split (all)")
-    add("--bits", type=int, default=4, choices=(4, 16, 32), help="of the frozen weights (4: nf4, fits small cards)")
-    if llm:
-        add("--model", help="the LLM: folder or Hub id (preset); with --base-url its name there")
-        add("--base-url", help="of an OpenAI-compatible server that runs the LLM, such as http://localhost:8000/v1; "
-                               "its key is read from OPENAI_API_KEY (none: the LLM runs here)")
-        add("--concurrency", type=int, default=8, help="requests to that server at a time (8: most limits allow it)")
-        add("--chat", default="auto", choices=("auto", "yes", "no"),
-            help="chat template; auto: if there is one, and with --base-url (auto)")
-        add("--shots", type=int, help="exemplars before each question (preset; toy: 0, as it was pretrained without)")
-        add("--facts", default="refine", choices=("refine", "both", "none"),
-            help="where StrategyQA's facts stand: to refine, as in the paper, or to predict too, as a control (refine)")
-        add("--strategy", default="cot", choices=("cot", "decomp"),
-            help="of the first answer: chain of thought, or sub-questions (cot)")
-        add("--max-new-tokens", type=int, help="of an answer; longer ones are cut off and counted (preset)")
-        add("--batch-tokens", type=int,
-            help="of a batch with padding and new ones (preset; the LLM's are halved if memory runs out)")
+def make_parser(doc, training=None):
+    """A parser with the flags that all scripts share. `training`: "asker" or "truster" adds those of a training."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    often, seldom = parser.add_argument_group("often"), parser.add_argument_group("seldom")
+    add = often.add_argument
+    add("--task", default="toy", choices=TASKS, help="the task (default toy: nothing to download)")
+    add("--preset", choices=PRESETS, help="models and sizes (default toy; small: any machine; t4, 24gb: a GPU); "
+                                      "every flag wins over it")
+    add("--limit", type=positive, metavar="N", help="only the first N questions of each split")
+    add("--limit-train", type=positive, metavar="N", help="only the first N training questions")
+    add("--run", default="default", metavar="NAME", help="folder of adapters and tables, runs/<task>/NAME")
+    if not training:
+        add("--model", help="the LLM: a folder or Hub id, or its name on the server")
+        add("--base-url", help="an OpenAI-compatible server that runs the LLM; the key is read from OPENAI_API_KEY")
+    add = seldom.add_argument
+    add("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="folder of all runs (default runs)")
+    add("--data", type=Path, default=ROOT / "data", metavar="DIR", help="folder of the tasks (default data)")
+    add("--seed", type=int, default=0, help="seed of training and of resampling (default 0)")
+    add("--kv-gib", type=float, metavar="GIB", help="memory for the keys and values of a batch; lower it if memory "
+                                                    "runs out (default by preset)")
+    add("--max-new-tokens", type=positive, metavar="N", help="longest answer; longer ones are cut off and counted")
     if training:
-        add("--lr", type=float, help="peak learning rate (preset; 2e-4 is QLoRA's for 7B and 13B)")
-        add("--rank", type=int, help="of the LoRA matrices (preset: 16; alpha is twice that)")
-        add("--epochs", type=float, help="passes over the examples (preset)")
-        add("--batch-size", type=int, help="examples (Asker) or questions (Truster) a step and device (preset)")
-        add("--accumulate", type=int, help="batches added up before a step (preset)")
-        add("--max-length", type=int, help="tokens; longer examples are left out and counted, never cut (preset)")
-        add("--save-steps", type=int, help="steps between checkpoints (preset)")
-        add("--report-to", default="none", help="tracker of transformers.Trainer, such as tensorboard or wandb (none)")
+        add_training_flags(often.add_argument, seldom.add_argument, training)
+    else:
+        add_llm_flags(add)
     return parser
 
 
-def parse(parser, script, argv=None):
-    """Arguments with the preset filled in; the preset's needs checked; everything seeded."""
+def add_llm_flags(add):
+    """How the LLM is asked."""
+    add("--bits", type=int, choices=(4, 16, 32), help="precision of the LLM's weights in bits (default 4: nf4)")
+    add("--concurrency", type=positive, default=8, metavar="N", help="requests to the server at a time (default 8)")
+    add("--chat", choices=("auto", "yes", "no"), help="use the chat template (default auto: if there is one)")
+    add("--shots", type=int, metavar="N", help="exemplars before each question (default 0 for chat models, else 8)")
+    add("--strategy", choices=("cot", "decomp"), help="the draft's: chain of thought or sub-questions (default cot)")
+    add("--facts", choices=("refine", "both", "none"),
+        help="where StrategyQA's facts are shown (default refine, as in the paper; both: to predict too)")
+    add("--show-draft", choices=("yes", "no"), help="does the LLM see its draft when it refines along sub-questions?")
+    add("--temperature", type=temperature, help="temperature of the samples (default 0.7; none: the server's own)")
+    add("--draft-temperature", type=temperature, help="temperature of the drafts (default 0: greedy)")
+    add("--sample-seed", type=int, metavar="SEED", help="seed of everything sampled (default 0)")
+    add("--fresh", action="store_true", help="ask anew what this model was asked before with the same settings")
+
+
+def add_training_flags(often, seldom, which):
+    """How an adapter is trained."""
+    what = "examples" if which == "asker" else "questions"
+    often(f"--{which}-model", metavar="MODEL", help="base model, a folder or Hub id (default by preset)")
+    often("--overwrite", action="store_true", help="delete what was trained in this run before, and train anew")
+    seldom("--adapter-bits", type=int, default=4, choices=(4, 16, 32),
+           help="precision of the frozen weights in bits (default 4: nf4)")
+    seldom("--lr", type=float, help="peak learning rate (default by preset; 2e-4 is QLoRA's for 7B and 13B)")
+    seldom("--rank", type=positive, default=16, help="rank of the LoRA matrices, alpha is twice that (default 16)")
+    seldom("--epochs", type=float, help="passes over the examples (default by preset)")
+    seldom("--batch-size", type=positive, metavar="N", help=f"{what} at a time; lower it if memory runs out")
+    seldom("--accumulate", type=positive, metavar="N", help="batches added up before a step")
+    seldom("--max-length", type=positive, metavar="N", help="tokens; longer examples are left out, never cut")
+    seldom("--save-steps", type=positive, metavar="N", help="steps between checkpoints")
+    seldom("--report-to", default="none", metavar="TRACKER", help="trackio, wandb or tensorboard (default none)")
+
+
+def positive(text):
+    """A whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
+
+
+def temperature(text):
+    """A number of at least 0, or the word none."""
+    try:
+        value = text if text == "none" else float(text)
+    except ValueError:
+        value = -1
+    if value != "none" and not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is neither a number of 0 or more nor none")
+    return value
+
+
+DEFAULTS = {"bits": 4, "chat": "auto", "strategy": "cot", "facts": "refine", "show_draft": "no", "temperature": 0.7,
+            "draft_temperature": 0.0, "sample_seed": 0}
+
+
+def parse(parser, argv=None, training="asker"):
+    """Arguments, completed by llm.json (but for `sample`, which writes it), the preset and DEFAULTS, in this order."""
     args = parser.parse_args(argv)
-    if getattr(args, "base_url", None) and not args.model:
+    path = args.runs / args.task / "llm.json"
+    kept = {} if getattr(args, "command", "") == "sample" or not path.is_file() else json.loads(path.read_text("utf-8"))
+    if getattr(args, "base_url", None) and not args.model and not kept.get("base_url"):
         raise UserError("--base-url needs --model NAME, the LLM's name on that server")
+    if getattr(args, "model", None) not in (None, kept.get("model")):
+        kept = {"preset": kept.get("preset")}  # another LLM has settings of its own
+    args.preset = args.preset or kept.get("preset") or "toy"
     preset = PRESETS[args.preset]
-    for key, value in {**preset["all"], **preset.get(script, {})}.items():
+    batch_size, accumulate = preset[f"{training}_batch"]
+    sizes = {"batch_size": batch_size, "accumulate": accumulate}
+    for key, value in {**DEFAULTS, **preset, **sizes, **kept}.items():
         if getattr(args, key, value) is None:
-            if key == "shots":  # a task may have fewer exemplars than the preset would show
-                path = find_exemplars(args.task, args.data)
-                value = min(value, len(read_jsonl(path))) if path.is_file() else 0
             setattr(args, key, value)
-    if args.preset != "toy" and not torch.cuda.is_available():
-        raise UserError(f"--preset {args.preset} needs a CUDA GPU and none is here: on a CPU use --preset toy, "
-                        "with --model, --asker-model and --truster-model of your own if you like")
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run) or args.run == "stages":  # the folder of all runs' stages
-        raise UserError("--run is a plain name, not stages: letters, digits, dot, hyphen, underscore")
-    transformers.set_seed(args.seed)
+    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run) or args.run == "said":
+        raise UserError("--run is a plain name, and not said: letters, digits, dot, hyphen, underscore")
+    if args.task != "toy" and PRESETS["toy"]["model"] in [getattr(args, k, "") for k in ("model", "asker_model")]:
+        print(f"warning: the toy's model knows nothing of {args.task}: give --preset or --model", file=sys.stderr)
     return args
 
 
-def fingerprint(args, model, keys):
-    """What makes an output: model, data, prompts and the arguments named by `keys`."""
-    revision = "endpoint" if getattr(args, "base_url", None) else model_revision(model)  # not the address: servers move
-    return {"task": args.task, "data_sha256": data_hash(args.task, data=args.data), "model": model,
-            "revision": revision, "prompt_version": PROMPT_VERSION,
-            **{key: getattr(args, key) for key in keys},
-            **({"exemplars": short_hash(load_exemplars(args.task, args.shots, args.data))} if "shots" in keys else {})}
+# --- A run, and the commands of this file
+
+
+class Run:
+    """The models of a run: the LLM, and the adapters of runs/<task>/<run>; at most one of them is in memory."""
+
+    def __init__(self, args):
+        self.args, self.models, self.loaded, self.offline = args, {}, None, False  # offline: nothing may be asked
+        self.task = args.runs / args.task  # what its runs share
+        self.folder = self.task / args.run
+
+    def adapter(self, name):
+        """Folder of an adapter: "asker", "finetuned" or "end_to_end", or "truster"."""
+        other = getattr(self.args, "truster_from" if name == "truster" else "asker_from", None)
+        return self.task / other / name if other else self.folder / name
+
+    def about(self, name):
+        """args.json of a finished adapter: what made it, and its figures."""
+        path, script = self.adapter(name) / "args.json", "truster" if name == "truster" else "asker"
+        about = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if "steps" not in about:
+            flags = {"finetuned": " --task-epochs 1", "end_to_end": " --end-to-end"}.get(name, "")
+            raise UserError(f"no trained adapter in {path.parent}: make it with: python train_{script}.py "
+                            f"--task {self.args.task} --run {path.parent.parent.name}{flags}")
+        return about
+
+    def model(self, name, label=None):
+        """The LLM ("llm"), or the model with that adapter; `label` says what it is asked for."""
+        if name not in self.models:
+            self.models[name] = self.llm() if name == "llm" else self.adapted(name)
+        self.models[name].label = label or name
+        return self.models[name]
+
+    def load(self, model):
+        """The backend of a model, in the place of the one that was loaded before."""
+        if self.loaded is not model:
+            for other in self.models.values():
+                other.loaded = None  # make room first
+            model.loaded, self.loaded = model.backend(), model
+        return model.loaded
+
+    def llm(self):
+        """The LLM on this machine or behind a server."""
+        args = self.args
+        if not args.base_url and "none" in (args.temperature, args.draft_temperature):
+            raise UserError("--temperature none is for servers: here a number is needed")
+        if args.base_url:
+            shots = load_exemplars(args.task, args.shots or 0, args.data)
+            return Model(self, args.model, {"server": args.base_url, "model": args.model}, lambda: Endpoint(args),
+                         args.chat != "no", shots)
+        chat = args.chat == "yes" or args.chat == "auto" and bool(load_tokenizer(args.model).chat_template)
+        if args.shots is None:
+            args.shots = 0 if chat else 8
+        identity = {"weights": weights_id(args.model, self.task), "bits": args.bits}
+        return Model(self, args.model, identity, lambda: Local(args.model, args.bits, args.kv_gib, chat=chat), chat,
+                     load_exemplars(args.task, args.shots, args.data))
+
+    def adapted(self, name):
+        """The model with that adapter: no chat template and no exemplars, as it was trained."""
+        about, folder = self.about(name), self.adapter(name)
+        identity = {"weights": about["weights"], "bits": about["bits"], "adapter": weights_id(folder, self.task)}
+        model = Model(self, name, identity, lambda: Local(about["model"], about["bits"], self.args.kv_gib, folder,
+                                                          scorer=name == "truster"))
+        model.strategy, model.prior_odds = about.get("strategy"), about.get("prior_odds", 1.0)
+        return model
+
+
+def label_samples(args, records, rows):
+    """Samples with their verdicts."""
+    return [[{**one, "correct": verdict(args.task, one, record["answer"])} for one in several]
+            for record, several in zip(records, rows)]
 
 
 def sample(args):
-    """Step 2 of the five: k predictions for every question of train and dev, and greedy drafts of dev (sample 0)."""
-    train, dev = (load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
-    require_distinct(record["id"] for record in train + dev)
-    path, began = args.runs / args.task / "samples.jsonl", time.time()
-
-    @functools.cache
-    def llm():
-        about = json.loads(maker(path).read_text())
-        if about.pop("k", None):  # not finished any more
-            write_json(maker(path), about)
-        lm = load_llm(args)
-        print(f"{args.model}: {args.shots} exemplars, {'chat template' if lm.chat else 'plain text'}")
-        return lm
-
-    def rows(label, records, k, temperature, first=0):
-        return stage(path, label, [record["id"] for record in records], lambda done: draw(
-            llm(), args, records, k, temperature, args.seed, first, done=done), first + k)
-
-    with lock(args.runs / args.task):
-        claim(path, fingerprint(args, args.model, [*LLM_KEYS, "seed", "temperature"]))
-        groups = rows("sample train", train, args.k, args.temperature)
-        drafts = rows("draft dev", dev, 1, 0.0)
-        rows("sample dev", dev, args.k, args.temperature, first=1)
-        about = json.loads(maker(path).read_text())
-        if "k" not in about:  # something was drawn, by this call or one that was stopped at its very end
-            seconds = round(about.get("seconds", 0) + time.time() - began, 1)
-            write_json(maker(path), {**about, "k": args.k, "seconds": seconds, "peak_memory": peak_memory()})
-    made = [row for group in groups.values() for row in group]
-    both = sum(len({row["correct"] for row in group}) == 2 for group in groups.values())
-    show_record({"question": train[0]["question"], "gold": train[0]["answer"], **{
-        f"sample {row['sample']} ({'right' if row['correct'] else 'wrong'})": row["text"]
-        for row in groups[train[0]["id"]][:2]}})
-    print(f"{path}: {len(made)} samples of {len(groups)} training questions, "
-          f"{np.mean([r['correct'] for r in made]):.1%} right, {both} questions with both right and wrong samples, "
-          f"{sum(r['answer'] is None for r in made)} without an answer, {sum(not r['stopped'] for r in made)} cut off, "
-          f"{sum(r['tokens'] for r in made)} tokens; greedy drafts of {len(dev)} dev questions "
-          f"{np.mean([group[0]['correct'] for group in drafts.values()]):.1%} right")
+    """k samples of every question of train and dev, and the drafts of dev: what Asker and Truster learn from."""
+    run = Run(args)
+    train = load_task(args.task, "train", args.limit_train or args.limit, args.data)
+    dev = load_task(args.task, "dev", args.limit, args.data)
+    banner(1, 5, f"the LLM answers {len(train) + len(dev):,} questions {args.k} times")
+    samples = sample_answers(run.model("llm", "samples"), args, train + dev, args.k, args.temperature)
+    samples = label_samples(args, train + dev, samples)
+    drafts = predict(run.model("llm", "drafts of dev"), args, dev, args.draft_temperature)
+    rows = [{"id": record["id"], "samples": several} for record, several in zip(train + dev, samples)]
+    for row, draft in zip(rows[len(train):], drafts):
+        row["draft"] = draft
+    write(run.task / "samples.jsonl", rows)
+    write(run.task / "llm.json", {key: getattr(args, key) for key in LLM_KEYS})
+    made = [one for row in rows[: len(train)] for one in row["samples"]]
+    both = [i for i, row in enumerate(rows[: len(train)]) if len({one["correct"] for one in row["samples"]}) == 2]
+    if both:
+        one, other = (next(made["text"] for made in rows[both[0]]["samples"] if made["correct"] is kind)
+                      for kind in (True, False))
+        show_record({"question": train[both[0]]["question"], "a right answer": one, "a wrong answer": other})
+    cut = np.mean([not one["stopped"] for one in made])
+    if cut > 0.02:
+        print(f"warning: {cut:.1%} of the answers were cut off and count as wrong: raise --max-new-tokens")
+    print(f"{run.task / 'samples.jsonl'}: {len(made):,} samples of {len(train):,} training questions, "
+          f"{np.mean([one['correct'] for one in made]):.1%} right; {len(both):,} questions have right and wrong ones")
+    log_start(args, run)
 
 
 def subquestions(args):
-    """Let the LLM write sub-questions from each training question and its gold solution, where a data set has none."""
-    train, path = load_task(args.task, "train", args.limit, args.data), args.runs / args.task / "subquestions.jsonl"
-    texts = [solution_text(record.get("solution", []), record["answer"]) for record in train]
-    exemplars = load_exemplars(args.task, args.shots, args.data)
-    with lock(args.runs / args.task):
-        claim(path, fingerprint(args, args.model, LLM_KEYS))
-        rows = stage(path, "sub-questions", [record["id"] for record in train], lambda done: ask(
-            load_llm(args), args.task, train, texts, exemplars, done=done,
-            max_new_tokens=args.max_new_tokens))
-    counts = [len(row["subquestions"]) for (row,) in rows.values()]
-    show_record({"question": train[0]["question"], "sub-questions": "\n".join(rows[train[0]["id"]][0]["subquestions"])})
-    print(f"{path}: {np.mean(counts):.1f} sub-questions a question, none for {counts.count(0)} of {len(train)}; "
-          "next: python train_asker.py --subquestions generated")
+    """The LLM writes sub-questions from each training question and its gold solution, where a data set has none."""
+    run, train = Run(args), load_task(args.task, "train", args.limit_train or args.limit, args.data)
+    golds = [{"text": solution_text(record.get("solution", []), record["answer"])} for record in train]
+    asked, path = ask(run.model("llm", "sub-questions"), args, train, golds), run.task / "subquestions.jsonl"
+    write(path, [{"id": record["id"], "subquestions": row["subquestions"]} for record, row in zip(train, asked)])
+    show_record({"question": train[0]["question"], "sub-questions": "\n".join(asked[0]["subquestions"])})
+    print(f"{path}: {np.mean([len(row['subquestions']) for row in asked]):.1f} sub-questions a question; next: "
+          f"python train_asker.py --task {args.task} --subquestions generated")
+    log_start(args, run)
+
+
+def solve(args):
+    """One question through the four steps."""
+    run, question = Run(args), " ".join((args.question or "").split())
+    if args.random:
+        question = random.choice(load_task(args.task, "test", args.limit, args.data))["question"]
+    if not question:
+        raise UserError('give a question in quotes, or --random for one of the test questions')
+    path = run.folder / "results.json"
+    rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+    threshold = next((row["threshold"] for row in rows if row["row"] == "art"), None)
+    known = f"the threshold of row art in {path}" if threshold is not None else "0.5, until evaluate.py sets it on dev"
+    threshold = 0.5 if threshold is None else threshold
+    (row,) = ask_refine_trust(run, [{"question": question}], threshold)
+    decision = f"{DECISION} {'Yes' if 'refined' in row else 'No'}"
+    show_record({"question": question, "1 predict": row["draft"]["text"], "2 ask": "\n".join(
+        [*row["asked"]["subquestions"], f"{decision}  (p_refine {row['asked']['p_refine']:.2f} against "
+                                        f"{threshold:.2f}, {known})"])})
+    if "refined" in row:
+        show_record({"3 refine": row["refined"]["text"], "4 trust": f"draft {row['trust']['draft']:.2f}, refined "
+                                                                    f"{row['trust']['refined']:.2f}"})
+    show_record({"answer": row["final"]["answer"] or "none could be read"})
+
+
+def banner(number, steps, text):
+    """The line that says which step begins."""
+    print(f"[{number}/{steps}] {text}", flush=True)
 
 
 def show(value, form=".1%"):
-    """A figure as text; "-" where there is none.
-
-    >>> show(0.5), show(None)
-    ('50.0%', '-')
-    """
+    """A figure as text; "-" where there is none."""
     return "-" if value is None else format(value, form)
 
 
 def visible(text):
-    r"""Text with its control characters made visible, so that it cannot steer a terminal.
+    r"""Text whose control characters can be seen, so that they cannot steer a terminal.
 
     >>> print(visible("\x1b[2Jwiped"))
     \x1b[2Jwiped
@@ -1796,50 +792,851 @@ def show_record(parts):
         print(f"  {name}: " + visible(str(text)).replace("\n", "\n" + " " * (len(name) + 4)))
 
 
-def solve(args):
-    """One question through the four steps, each printed as it comes."""
-    record, shelf = [{"question": args.question}], Shelf(args)
-    settings = {"exemplars": load_exemplars(args.task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
-    about = {name: shelf.about(name) for name in ("asker", "truster")}  # missing ones are told before anything is made
-    shift, threshold = about["asker"]["shift"], about["asker"]["threshold"]
+def log_start(args, run):
+    """Append to runs/<task>/log.jsonl what this start was: command, commit, versions, seconds, asked, known, memory."""
+    row = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seconds": round(time.time() - STARTED, 1),
+           "asked": {name: model.asked for name, model in run.models.items()},
+           "known": {name: model.known for name, model in run.models.items()}, "peak_memory": peak_memory(),
+           **provenance()}
+    with open(run.task / "log.jsonl", "a", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(row) + "\n")
 
-    def first(batches):
-        return next(batches)[0][1][0]
 
-    show_record({"question": args.question})
-    draft = first(predict(shelf.get("llm"), args.task, record, strategy=args.strategy, **settings))
-    show_record({"1 predict": draft["text"]})
-    with shelf.get("asker").use("asker") as asker:
-        asked = first(ask(asker, args.task, record, [draft["text"]], shift=shift, max_new_tokens=args.max_new_tokens))
-    wanted = asked["p_refine"] >= threshold
-    show_record({"2 ask": "\n".join([*asked["subquestions"], f"{DECISION} {'Yes' if wanted else 'No'}  "
-                                     f"(p_refine {asked['p_refine']:.2f}, threshold {threshold:.2f})"])})
-    if wanted:
-        refined = first(refine(shelf.get("llm"), args.task, record, [draft["text"]], [asked["subquestions"]],
-                               **settings))
-        show_record({"3 refine": refined["text"]})
-        texts = {"initial": draft["text"], "refined": refined["text"]}
-        scores = first(shelf.get("truster").score(record, [texts]))
-        better = "refined" if scores["refined"] > scores["initial"] else "initial"
-        show_record({"4 trust": f"initial {scores['initial']:.2f}, refined {scores['refined']:.2f}: {better}"})
-        draft = {"initial": draft, "refined": refined}[better]
-    show_record({"answer": "none could be read" if draft["answer"] is None else draft["answer"]})
+STARTED = time.time()
+
+
+def provenance():
+    """Commit of the kit ("+" behind it: with changes) and versions of what it runs on."""
+    from importlib.metadata import version
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=9"]
+    made = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+    return {"commit": made.stdout.strip() if made and made.returncode == 0 else None, "python": sys.version.split()[0],
+            **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}}
+
+
+def run(main):
+    """Call a script's `main`: what the user can mend becomes one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # on Windows, into a file: an alphabet of 256
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+    kept = "what is finished is kept, the same command goes on"
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail(f"stopped; {kept}", 130)
+    except Exception as error:
+        if re.search("No space left|quota exceeded|File too large|inline_container", str(error)):
+            fail(f"the disk is full; {kept}")
+        if re.search("out of memory|ALLOC_FAILED", str(error)):
+            fail(f"out of memory: lower --kv-gib, or --batch-size and raise --accumulate; {kept}")
+        raise
+
+
+def fail(text, code=2):
+    """End with one line."""
+    print(visible(f"\nerror: {text}"), file=sys.stderr)
+    sys.exit(code)
+
+
+# ======================================================================================================================
+# Part 3. Machinery: what a model said and is not asked again; models here and behind a server; QLoRA. Nothing here
+# knows what the texts are about. Slow libraries are imported where they are used, so that --help answers at once.
+# ======================================================================================================================
+
+
+def short_hash(value):
+    """A hash of any JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Said:
+    """What a model said: an append-only JSONL file. An answer is found by what was really asked.
+
+    The key is (id of the settings, hash of the prompt as the model reads it, number of the sample). The settings hold
+    the hash of the weights; each stands once in the file, in a line {"settings": id, "are": {...}}.
+    """
+
+    def __init__(self, path):
+        self.path, self.settings, self.rows = path, {}, {}
+        if bad := self.read():
+            print(f"{self.path}: {bad} unreadable lines skipped; their answers are asked anew", file=sys.stderr)
+
+    def read(self):
+        """Read the file; returns how many lines could not be read: a run was killed while it wrote them."""
+        bad = 0
+        for line in self.path.read_text("utf-8", errors="replace").split("\n") if self.path.is_file() else ():
+            row = parse_line(line) if line else {}
+            if row and {"settings", "are"} <= row.keys():
+                self.settings[row["settings"]] = row["are"]
+            elif row and {"settings", "prompt", "number", "call"} <= row.keys():
+                self.rows[row["settings"], row["prompt"], row["number"]] = row
+            else:
+                bad += bool(line)
+        return bad
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Hold the file for appending; a second process is refused."""
+        import filelock
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(f"{self.path}.lock", timeout=0):
+                self.read()  # another process may have added to it
+                with open(self.path, "ab+") as file:
+                    self.file = file
+                    yield
+        except filelock.Timeout:
+            raise UserError(f"another process is writing {self.path}: wait until it has ended, or stop it") from None
+
+    def append(self, rows):
+        """Add rows in one write, behind a line feed where the last line is half-written."""
+        self.file.seek(0, os.SEEK_END)
+        if self.file.tell():
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":
+                self.file.write(b"\n")
+        self.file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        self.file.flush()
+
+    def other_settings(self, settings, prompts):
+        """What differs in the settings with which most of these prompts were asked before, as text; "" if none were."""
+        counts = {}
+        for key, prompt, _ in self.rows:
+            if prompt in prompts and self.settings.get(key, {}).get("kind") == settings["kind"]:
+                counts[key] = counts.get(key, 0) + 1
+        if not counts:
+            return ""
+        other = self.settings[max(counts, key=counts.get)]
+        differ = [f"{name} {other.get(name)}" for name in settings if other.get(name) != settings[name]]
+        return f"; the same was asked with {', '.join(differ)}" if differ else ""
+
+
+class Model:
+    """A model that is asked only what it has not said before, and loaded only then.
+
+    `backend` is a function that loads it: a Local or an Endpoint. `identity` says which model it is, down to its
+    weights; it is a part of every key.
+    """
+
+    strategy, prior_odds, label, loaded = None, 1.0, "", None
+
+    def __init__(self, run, name, identity, backend, chat=False, exemplars=()):
+        self.run, self.identity, self.backend, self.chat, self.exemplars = run, identity, backend, chat, exemplars
+        self.name, self.asked, self.known, self.machines = name, 0, 0, set()
+        slug = re.sub(r"[^\w.-]+", "-", Path(name).name)
+        self.said = Said(run.task / "said" / f"{slug}-{short_hash(identity)[:8]}.jsonl")
+        self.forget = {key for key in self.said.rows} if getattr(run.args, "fresh", False) else set()
+
+    def render(self, prompts, shots=(), instruction=""):
+        """Prompts as the model reads them: plain text behind its exemplars, or a chat (turns, for a server)."""
+        if not self.chat:
+            return [plain_text(prompt, shots) for prompt in prompts]
+        turns = [chat_turns(prompt, shots, instruction) for prompt in prompts]
+        if "server" in self.identity:
+            return turns
+        tokenizer, day = load_tokenizer(self.name), "26 Jul 2024"  # a template that prints today's would be asked anew
+        return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False,
+                                              date_string=day, strftime_now=lambda form: day) for turn in turns]
+
+    def generate(self, prompts, max_new_tokens, stop=None, k=1, temperature=0.0):
+        """k texts for each prompt, up to the first match of the pattern `stop`; temperature 0 is greedy.
+
+        Lists of k rows {"text", "stopped", "tokens", "prompt_tokens", "logprob"}; tokens count what was written.
+        """
+        settings = {"kind": "generate", "max_new_tokens": max_new_tokens, "stop": stop, "temperature": temperature}
+        if temperature:
+            settings["sample_seed"] = self.run.args.sample_seed
+        return self.answers(prompts, k, settings)
+
+    def choose(self, prompts, before, options, begun=None):
+        """Which of two options comes next? Rows {"p": probability of the first, "prompt_tokens"}.
+
+        `begun`: how each answer has begun; `before`: the end of the text in front of the options.
+        """
+        prompts = [[prompt, text] for prompt, text in zip(prompts, begun or [""] * len(prompts))]
+        made = self.answers(prompts, 1, {"kind": "choose", "before": before, "options": list(options)})
+        return [one for (one,) in made]
+
+    def score(self, texts):
+        """The scalar that the model gives each text: rows {"score", "prompt_tokens"}."""
+        return [one for (one,) in self.answers(texts, 1, {"kind": "score"})]
+
+    def answers(self, prompts, k, settings):
+        """Lists of k rows: known ones from the file, the others from the model."""
+        settings = {**self.identity, **settings}
+        key, names = short_hash(settings), [short_hash(prompt) for prompt in prompts]
+        wanted = {(key, name, number): prompt for name, prompt in zip(names, prompts) for number in range(k)}
+        missing, failed = self.missing(wanted), {}
+        self.known, self.asked = self.known + len(wanted) - len(missing), self.asked + len(missing)
+        if missing and self.run.offline:
+            raise Missing(self.label)
+        if missing:
+            with self.said.writing():
+                failed = self.ask(key, settings, wanted)
+        made = [[failed.get((key, name, number)) or self.said.rows[key, name, number] for number in range(k)]
+                for name in names]
+        self.machines |= {row["on"] for several in made for row in several if "on" in row}
+        return made
+
+    def missing(self, wanted):
+        """The keys that have no answer yet."""
+        return [place for place in wanted if place not in self.said.rows or place in self.forget]
+
+    def ask(self, key, settings, wanted):
+        """Ask for what is missing, write it batch by batch, return what failed, {key: row}: that is not kept.
+
+        Batches are planned over what was missing when this very call was first made, and a batch that was not written
+        whole is computed whole: a run that was killed makes the same batches as one that was not.
+        """
+        from tqdm import tqdm
+        missing, call = set(self.missing(wanted)), short_hash(list(wanted))
+        items = {}
+        for place, prompt in wanted.items():
+            if place in missing or self.said.rows[place]["call"] == call:
+                items.setdefault(place[1], (prompt, []))[1].append(place[2])
+        self.announce(settings, len(wanted), len(missing), items)
+        backend, failed = self.run.load(self), {}
+        if key not in self.said.settings:
+            self.said.append([{"settings": key, "are": settings}])
+            self.said.settings[key] = settings
+        began = time.time()
+        with tqdm(total=len(missing), desc=self.label, unit="answer", disable=None) as bar:
+            for rows in backend.answers(items, settings, lambda *place: (key, *place) in missing):
+                new, seconds, began = {}, time.time() - began, time.time()
+                for (name, number), row in rows.items():
+                    row = {"settings": key, "prompt": name, "number": number, "call": call, "on": backend.machine,
+                           "seconds": round(seconds / len(rows), 3), **row}
+                    if (key, name, number) in missing:
+                        (failed if row.get("failed") else new)[key, name, number] = row
+                self.said.append(new.values())
+                self.said.rows |= new
+                self.forget -= new.keys()
+                bar.update(len(new))
+        return failed
+
+    def announce(self, settings, wanted, missing, prompts):
+        """The line before asking: how much is known, how long the rest may take, what differs from what is there."""
+        before = [row["seconds"] for row in self.said.rows.values()
+                  if self.said.settings.get(row["settings"], {}).get("kind") == settings["kind"]]
+        minutes = f" (about {max(1, np.mean(before) * missing / 60):.0f} minutes)" if before else ""
+        other = self.said.other_settings(settings, prompts) if missing == wanted else ""
+        print(f"{self.label}: {wanted - missing:,} of {wanted:,} known, asking {missing:,}{minutes}{other}", flush=True)
+
+
+class Missing(Exception):
+    """An answer is not known, and nothing may be asked now."""
+
+
+def plain_text(prompt, shots=()):
+    """A prompt behind its exemplars, [(prompt, answer), ...], as a base model reads it."""
+    return "".join(f"{shown}{answer}\n\n" for shown, answer in shots) + prompt
+
+
+def chat_turns(prompt, shots=(), instruction=""):
+    """The same as turns of a chat; the instruction stands in front of the first."""
+    turns = [turn for shown, answer in shots for turn in (("user", shown.rstrip()), ("assistant", answer))]
+    turns.append(("user", prompt.rstrip()))
+    turns[0] = ("user", f"{instruction}\n\n{turns[0][1]}".strip())
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+# --- Models on this machine
+
+
+def find_model(name):
+    """A folder named relative to the working directory or to the kit, else a Hub id as it stands."""
+    return next((str(path) for path in (Path(name), ROOT / name) if path.is_dir()), str(name))
+
+
+def weights_id(name, folder):
+    """What tells a model from every other: the commit of a Hub model, the hash of a folder's files wherever it lies.
+
+    Hashes are remembered in `folder`/weights.json by size and time of the files: weights are gigabytes.
+    """
+    path = Path(find_model(name))
+    if not path.is_dir():
+        import huggingface_hub
+        try:
+            return Path(huggingface_hub.hf_hub_download(str(name), "config.json")).parent.name
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot find the model {str(name)!r}: {' '.join(str(error).split())[:200]}") from None
+    memory = Path(folder) / "weights.json"
+    known = json.loads(memory.read_text("utf-8")) if memory.is_file() else {}
+    hashes = {}
+    for file in sorted(path.iterdir()):
+        if file.name == "adapter_config.json":  # without the path of the base, whose weights are told apart themselves
+            config = json.loads(file.read_text("utf-8"))
+            hashes[file.name] = short_hash({key: config.get(key) for key in ("r", "lora_alpha", "target_modules")})
+        elif re.fullmatch(r".*\.(safetensors|jinja|model)|(generation_)?config\.json|tokenizer.*\.json", file.name):
+            about = file.stat()
+            place = f"{file.resolve()} {about.st_size} {about.st_mtime_ns}"
+            if place not in known:
+                with open(file, "rb") as content:
+                    known[place] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+            hashes[file.name] = known[place]
+    write(memory, known)
+    return short_hash(hashes)
+
+
+def compute_dtype(bits):
+    """fp32 on a CPU (bf16 with 16 bits); on a GPU bf16 where the card really has it, else fp16."""
+    import torch
+    if bits == 32 or bits == 4 and not torch.cuda.is_available():
+        return torch.float32
+    if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):  # a T4 emulates it
+        return torch.bfloat16
+    return torch.float16
+
+
+def load_tokenizer(name):
+    """A tokenizer with a padding token; loaded once."""
+    if name not in TOKENIZERS:
+        import transformers
+        try:
+            TOKENIZERS[name] = transformers.AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:200]}") from None
+        tokenizer = TOKENIZERS[name]
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+    return TOKENIZERS[name]
+
+
+TOKENIZERS = {}
+
+
+def load_base(name, bits, head="AutoModelForCausalLM", **settings):
+    """A frozen base model in 4 bits (nf4, double quantisation: QLoRA, arXiv 2305.14314), 16 or 32 bits."""
+    print(f"loading {name} in {bits} bits ...", flush=True)
+    import torch
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gave NaN under masks: pytorch issue 196678
+    dtype = compute_dtype(bits)
+    if bits == 4:
+        settings["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    if torch.cuda.is_available():
+        settings["device_map"] = {"": 0}
+    try:
+        return getattr(transformers, head).from_pretrained(
+            find_model(name), dtype=dtype, use_safetensors=True, trust_remote_code=False, **settings).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {name!r}: {' '.join(str(error).split())[:200]}") from None
+
+
+def load_scorer(name, bits, seed=0):
+    """A base with a fresh scalar head, which is in fp32 and never quantised."""
+    import torch
+    import transformers
+    transformers.set_seed(seed)
+    model = load_base(name, bits, "AutoModelForSequenceClassification", num_labels=1,
+                      pad_token_id=load_tokenizer(name).pad_token_id)
+    model.score.float()
+    assert type(model.score) is torch.nn.Linear, "the head was quantised"
+    return model
+
+
+def plan_batches(sizes, budget):
+    """Lists of indices of (rows, length), longest first, each of at most `budget` tokens when padded.
+
+    >>> plan_batches([(1, 3), (1, 9), (2, 4), (1, 1)], budget=12)
+    [[1], [2, 0], [3]]
+    """
+    batches, rows = [], 0
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
+        rows += sizes[index][0]
+        if batches and rows * sizes[batches[-1][0]][1] <= budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            rows = sizes[index][0]
+    return batches
+
+
+def pad_left(rows, pad, device="cpu", shared=0):
+    """Token ids and mask, padded on the left; but behind the first `shared` tokens, which all rows have in common."""
+    import torch
+    width = max(map(len, rows))
+    ids = [[*row[:shared], *[pad] * (width - len(row)), *row[shared:]] for row in rows]
+    mask = [[1] * shared + [0] * (width - len(row)) + [1] * (len(row) - shared) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def places(mask):
+    """Position of each token in its row, padding aside."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class Local:
+    """A model on this machine, with an adapter or without: a language model, or a scorer with a scalar head."""
+
+    def __init__(self, name, bits, kv_gib, adapter=None, chat=False, scorer=False):
+        import peft
+        self.name, self.chat, self.tokenizer = name, chat, load_tokenizer(name)
+        self.model = load_scorer(name, bits) if scorer else load_base(name, bits)
+        if adapter:
+            self.model = peft.PeftModel.from_pretrained(self.model, adapter).eval()
+        self.base = self.model.get_base_model() if adapter else self.model
+        ends = self.base.generation_config.eos_token_id if not scorer else None
+        self.ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        config, dtype = self.base.config.get_text_config(), self.base.get_input_embeddings().weight.dtype
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.budget = int(kv_gib * 2**30 / (2 * config.num_hidden_layers * heads * width * dtype.itemsize))  # tokens
+        self.limit = getattr(config, "max_position_embeddings", None) or math.inf
+        self.machine = f"{self.base.device.type} {str(dtype).removeprefix('torch.')}"
+
+    def answers(self, items, settings, is_missing):
+        """Yield {(prompt's name, number): row} batch by batch. `items`: {name: (prompt, numbers)}."""
+        import torch
+        new = settings.get("max_new_tokens", 0)
+        lines = [(name, self.tokens(prompt), numbers) for name, (prompt, numbers) in items.items()]
+        long = [line for line in lines if len(line[1]) + new > self.limit]
+        if long:
+            print(f"{len(long)} prompts are too long for {self.name}, which reads {self.limit:,} tokens: they count as "
+                  "failed; lower --max-new-tokens or --shots", file=sys.stderr)
+            yield {(name, number): failed_row(len(ids)) for name, ids, numbers in long for number in numbers}
+        lines = [line for line in lines if len(line[1]) + new <= self.limit]
+        with torch.inference_mode():
+            self.read_prefix([ids for _, ids, _ in lines] if settings["kind"] != "score" else [])
+        for batch in plan_batches([(len(numbers), len(ids) + new) for _, ids, numbers in lines], self.budget):
+            batch = [lines[i] for i in batch]
+            if any(is_missing(name, number) for name, _, numbers in batch for number in numbers):
+                with torch.inference_mode():
+                    rows = getattr(self, settings["kind"])(batch, settings)
+                yield rows
+
+    def tokens(self, prompt):
+        """Token ids of a prompt, or of [prompt, how the answer has begun]: two texts, as in training."""
+        prompt, begun = prompt if isinstance(prompt, list) else (prompt, "")
+        return (self.tokenizer(prompt, add_special_tokens=not self.chat)["input_ids"]
+                + (self.tokenizer(begun, add_special_tokens=False)["input_ids"] if begun else []))
+
+    def read_prefix(self, rows):
+        """What all prompts begin with, as exemplars, is read once and copied for each."""
+        import torch
+        shared = os.path.commonprefix(rows)[: min(map(len, rows), default=1) - 1]
+        self.shared, self.prefix = (shared, None) if len(shared) >= 32 else ([], None)
+        if self.shared:
+            ids = torch.tensor([shared], device=self.base.device)
+            self.prefix = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def read(self, batch, model, **settings):
+        """(output of `model`, mask) for the prompts of a batch, the shared prefix copied."""
+        ids, mask = pad_left([ids for _, ids, _ in batch], self.tokenizer.pad_token_id, self.base.device,
+                             len(self.shared))
+        cache = copy.deepcopy(self.prefix)
+        if cache:
+            cache.batch_repeat_interleave(len(batch))
+        ids, positions = ids[:, len(self.shared):], places(mask)[:, len(self.shared):]
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                     **settings), mask
+
+    def generate(self, batch, settings):
+        """Texts, token by token; rows that have ended leave the batch."""
+        import torch
+        rows = [{"name": name, "number": number, "ids": [], "stopped": False, "failed": False, "logprob": 0.0,
+                 "random": random.Random(f"{settings.get('sample_seed')} {name} {number}"),
+                 "prompt_tokens": len(ids)} for name, ids, numbers in batch for number in numbers]
+        owners = torch.tensor([i for i, (_, _, numbers) in enumerate(batch) for _ in numbers], device=self.base.device)
+        out, mask = self.read(batch, self.model, logits_to_keep=1)  # each prompt once, whatever the number of samples
+        cache, logits, mask = out.past_key_values, out.logits[owners, -1].float(), mask[owners]
+        cache.batch_select_indices(owners)
+        writing = rows
+        for _ in range(settings["max_new_tokens"]):
+            tokens = self.pick(logits, writing, settings["temperature"])
+            self.note(writing, tokens, logits, settings["stop"])
+            going = [place for place, row in enumerate(writing) if not row["stopped"] and not row["failed"]]
+            if not going:
+                break
+            if len(going) < len(writing):
+                keep = torch.tensor(going, device=tokens.device)
+                cache.batch_select_indices(keep)
+                tokens, mask, writing = tokens[keep], mask[keep], [writing[place] for place in going]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            out = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=places(mask)[:, -1:],
+                             past_key_values=cache, use_cache=True)
+            logits = out.logits[:, -1].float()
+        return {(row["name"], row["number"]): self.text_row(row, settings["stop"]) for row in rows}
+
+    def pick(self, logits, rows, temperature):
+        """The next token of each row: the likeliest, or drawn by inverse CDF with one number from the row's own source.
+
+        So a sample follows from (seed, prompt, number) alone, whatever stands beside it in the batch.
+        """
+        import torch
+        if not temperature:
+            return logits.argmax(-1)
+        cdf = (logits / temperature).double().softmax(-1).cumsum(-1)
+        drawn = torch.tensor([row["random"].random() for row in rows], dtype=cdf.dtype, device=cdf.device)
+        return torch.searchsorted(cdf, drawn[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
+
+    def note(self, rows, tokens, logits, stop):
+        """Put the new tokens into their rows, and see which rows have ended."""
+        logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs):
+            row["failed"] = math.isnan(logprob)  # as fp16 may give; it would pass for an answer
+            row["ids"].append(token)
+            row["logprob"] += logprob
+            row["stopped"] = token in self.ends
+        if stop:
+            for row, tail in zip(rows, self.text([row["ids"][-32:] for row in rows])):
+                row["stopped"] |= bool(re.search(stop, tail))
+
+    def text(self, ids):
+        """Text of token ids, or a list of texts of a list of them."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def text_row(self, row, stop):
+        """A finished row as it is kept."""
+        if row["failed"]:
+            print(f"{self.name} gave numbers that are not finite: an answer counts as failed", file=sys.stderr)
+            return failed_row(row["prompt_tokens"])
+        text = self.text(row["ids"])
+        match = re.search(stop, text) if stop else None
+        return {"text": text[: match.end() if match else None].strip(), "stopped": row["stopped"],
+                "tokens": len(row["ids"]), "prompt_tokens": row["prompt_tokens"], "logprob": row["logprob"]}
+
+    def choose(self, batch, settings):
+        """Probability of the first option, from the two logits at the token where the options part, in fp32."""
+        import torch
+        before, options = settings["before"], settings["options"]
+        spelled = [self.tokenizer(before + option, add_special_tokens=False)["input_ids"] for option in options]
+        parting = len(os.path.commonprefix(spelled))
+        assert parting == len(self.tokenizer(before, add_special_tokens=False)["input_ids"]), (before, spelled)
+        pair = torch.tensor([ids[parting] for ids in spelled], device=self.base.device)
+        out, _ = self.read(batch, self.base.base_model)
+        hidden, head = out.last_hidden_state[:, -1].float(), self.base.get_output_embeddings()
+        logits = hidden @ head.weight[pair].float().T + (head.bias[pair].float() if head.bias is not None else 0)
+        chances = (logits[:, 0] - logits[:, 1]).double().sigmoid().tolist()
+        return {(name, 0): failed_row(len(ids)) if math.isnan(p) else {"p": p, "prompt_tokens": len(ids)}
+                for (name, ids, _), p in zip(batch, chances)}
+
+    def score(self, batch, settings):
+        """The scalar of each text."""
+        ids, mask = pad_left([ids for _, ids, _ in batch], self.tokenizer.pad_token_id, self.base.device)
+        scores = score_batch(self.model, ids, mask).tolist()
+        return {(name, 0): failed_row(len(ids)) if math.isnan(score) else {"score": score, "prompt_tokens": len(ids)}
+                for (name, ids, _), score in zip(batch, scores)}
+
+
+def failed_row(prompt_tokens=0):
+    """An answer that could not be had: it counts as wrong, is not kept, and is asked again by the next start."""
+    return {"failed": True, "text": "", "stopped": False, "tokens": 0, "prompt_tokens": prompt_tokens, "logprob": None,
+            "p": 0.0, "score": -math.inf}
+
+
+def score_batch(model, ids, mask):
+    """Scores (rows,) of token ids (rows, length) padded on the left; the last token carries the score, in fp32."""
+    import torch
+    base = model.get_base_model()
+    dtype = base.get_input_embeddings().weight.dtype
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        hidden = base.base_model(input_ids=ids, attention_mask=mask, position_ids=places(mask),
+                                 use_cache=False).last_hidden_state[:, -1]
+    with torch.autocast(ids.device.type, enabled=False):
+        return base.score(hidden.float())[:, 0]
+
+
+# --- The LLM behind a server
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible server. Chat turns go to /chat/completions, plain text to /completions.
+
+    The key is read from OPENAI_API_KEY. Lost connections, 429 and 5xx are tried again by openai's client.
+    """
+
+    machine = "server"
+
+    def __init__(self, args):
+        try:
+            import openai
+        except ImportError:
+            raise UserError("--base-url needs the official client: pip install openai") from None
+        if not re.match("https?://[^/?#]", args.base_url):
+            raise UserError("--base-url is an address such as http://localhost:8000/v1")
+        self.openai, self.name, self.concurrency = openai, args.model, args.concurrency
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # one's own server needs no key
+        self.client = openai.OpenAI(base_url=args.base_url, api_key=self.key, max_retries=5, timeout=300)
+        self.logprobs, self.answered, self.refused = True, False, 0  # until the server refuses to give them
+
+    def answers(self, items, settings, is_missing):
+        """As `Local.answers`, one answer at a time, in the order in which they come."""
+        todo = [(name, number, prompt) for name, (prompt, numbers) in items.items() for number in numbers
+                if is_missing(name, number)]
+        work = self.generate if settings["kind"] == "generate" else self.choose
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            asked = {pool.submit(work, settings, *place): place for place in todo}
+            for done in as_completed(asked):
+                name, number, _ = asked[done]
+                yield {(name, number): done.result()}
+        finally:  # after an error or Ctrl-C nothing more is asked
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def generate(self, settings, name, number, prompt):
+        """One text."""
+        seed = int(short_hash([settings.get("sample_seed"), name, number])[:7], 16)
+        reply = self.request(prompt, settings["max_new_tokens"], settings["temperature"], seed)
+        if reply is None:
+            return failed_row()
+        text, tokens, choice, usage = reply
+        match = re.search(settings["stop"], text) if settings["stop"] else None
+        whole = choice.finish_reason not in ("length", "content_filter")  # servers have many words for its end
+        return {"text": text[: match.end() if match else None].strip(), "stopped": bool(match) or whole,
+                "tokens": usage.completion_tokens, "prompt_tokens": usage.prompt_tokens,
+                "logprob": sum(logprob for _, logprob, _ in tokens) if tokens else None}
+
+    def choose(self, settings, name, number, prompt):
+        """The first of two options against the second: from log-probabilities, else 0 or 1 by the word."""
+        prompt, text = prompt
+        first, second = (option.strip() for option in settings["options"])
+        if isinstance(prompt, str):
+            prompt += text
+        elif text:  # a server does not go on with a turn of a chat: the decision is asked for in another
+            question = f"{settings['before']} {first} or {second}? Answer with this one word."
+            prompt = [*prompt, {"role": "assistant", "content": text.removesuffix(settings["before"]).strip() or "-"},
+                      {"role": "user", "content": question}]
+        reply = self.request(prompt, 8, 0.0, 0, top=5)
+        if reply is None:
+            return failed_row()
+        text, tokens, _, usage = reply
+        for token, _, others in tokens:
+            if token.strip() in (first, second):  # one that is not listed is at most as likely as the last listed
+                odds = [max((p for word, p in others.items() if word.strip() == option), default=min(others.values()))
+                        for option in (first, second)]
+                return {"p": 1 / (1 + math.exp(odds[1] - odds[0])), "prompt_tokens": usage.prompt_tokens}
+        word = re.search(rf"\b(?:{first}|{second})\b", text)
+        return {"p": float(bool(word) and word[0] == first), "prompt_tokens": usage.prompt_tokens}
+
+    def request(self, prompt, max_tokens, temperature, seed, top=0):
+        """(text, [(token, logprob, {token: logprob}), ...], choice, usage); None if this one question was rejected."""
+        chat = isinstance(prompt, list)
+        settings = {"model": self.name, "seed": seed}
+        if temperature != "none":  # some models refuse the parameter
+            settings["temperature"] = temperature
+        if chat:
+            settings |= {"messages": prompt, "max_completion_tokens": max_tokens}
+            more = {"logprobs": True, "top_logprobs": top}
+        else:
+            settings |= {"prompt": prompt, "max_tokens": max_tokens, "stop": ["\nQuestion:"]}
+            more = {"logprobs": max(top, 1)}
+        try:
+            create = (self.client.chat if chat else self.client).completions.create
+            reply = create(**settings, **(more if self.logprobs else {}))
+        except self.openai.OpenAIError as error:
+            if self.logprobs and "logprobs" in str(error):
+                print("the server gives no log-probabilities: decisions are read from words", file=sys.stderr)
+                self.logprobs = False
+                return self.request(prompt, max_tokens, temperature, seed)
+            return self.rejected(error)
+        if not getattr(reply, "choices", None) or not reply.usage:
+            raise UserError("the server answers, but not as an OpenAI-compatible one: most addresses end in /v1")
+        self.answered, self.refused, choice = True, 0, reply.choices[0]
+        given = choice.logprobs
+        if chat:
+            rows = [(token.token, token.logprob, {other.token: other.logprob for other in token.top_logprobs or ()})
+                    for token in given and given.content or ()]
+            return choice.message.content or "", rows, choice, reply.usage
+        rows = list(zip(given.tokens or (), given.token_logprobs or (), given.top_logprobs or ())) if given else []
+        return choice.text.partition("\nQuestion:")[0], rows, choice, reply.usage  # some servers give the stop back
+
+    def rejected(self, error):
+        """One question that is too long or not allowed counts as failed; whatever else goes wrong ends the run."""
+        self.refused += 1
+        if isinstance(error, self.openai.BadRequestError) and self.answered and self.refused < 10:
+            print(f"the server rejected a question: {str(error)[:200]}", file=sys.stderr)
+            return None
+        if "temperature" in str(error):
+            raise UserError("the server refuses the temperature: give --temperature none --draft-temperature none")
+        said = " ".join(str(error).split()).replace(self.key, "...")[:300]
+        raise UserError(f"the server says: {said}; what is finished is kept, the same command goes on. Check "
+                        "--base-url (most end in /v1), --model, --chat and OPENAI_API_KEY") from None
+
+
+# --- QLoRA. The loop is transformers.Trainer's.
+
+
+def add_lora(model, task_type, rank, start=None):
+    """LoRA on all linear layers of a frozen base; adapters and head in fp32. `start`: an adapter to go on from."""
+    import peft
+    import torch
+    if torch.cuda.is_available():
+        dtype = model.get_input_embeddings().weight.dtype
+        model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+        embeddings = {id(layer.weight) for layer in ends if layer is not None}
+        for name, weight in model.named_parameters():  # it makes all of them fp32: gigabytes, and fp32 activations
+            if weight.dtype == torch.float32 and (dtype == torch.bfloat16 and "score" not in name
+                                                  or id(weight) in embeddings):  # in fp16 fp32 norms avoid overflow
+                weight.data = weight.data.to(dtype)
+    if start:
+        model = peft.PeftModel.from_pretrained(model, start, is_trainable=True)
+    else:
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type=task_type, r=rank, lora_alpha=2 * rank,
+                                                           target_modules="all-linear"))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    return model
+
+
+def fine_tune(model, examples, collate, loss, args, folder, epochs):
+    """Train the adapter of `model`, from its last checkpoint on; returns figures of it.
+
+    `loss(model, batch)` gives {name: sum over the examples of the batch}; every example weighs the same.
+    """
+    import peft
+    import safetensors.torch
+    import torch
+    import transformers
+    per_step = args.batch_size * args.accumulate
+    steps = math.ceil(epochs * math.ceil(len(examples) / per_step))
+    random.Random(args.seed).shuffle(examples)  # the Trainer's sampler has a seed of its own, the same for all runs
+
+    class Trainer(transformers.Trainer):
+        loss_is_scaled_for_ga = True
+        parts = {}
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            parts = {name: value / per_step for name, value in loss(model, inputs).items()}
+            for name, value in parts.items():
+                self.parts[name] = self.parts.get(name, 0.0) + value.detach()
+            return sum(parts.values())
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_log |= control.should_save or state.global_step == state.max_steps  # look before it is kept
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" not in logs:
+                return
+            done = state.global_step - self.last
+            means = {name: float(value) / done for name, value in trainer.parts.items() if value}
+            self.last, trainer.parts = state.global_step, {}
+            if not all(map(math.isfinite, means.values())):
+                raise UserError(f"the loss is not finite at step {state.global_step}: lower --lr, or give "
+                                "--adapter-bits 32; the last checkpoint is kept")
+            said = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            print(f"step {state.global_step}/{state.max_steps}  {said} (0.69 is a coin)", flush=True)
+            curve.append({"step": state.global_step, **{name: round(value, 4) for name, value in means.items()}})
+
+    cuda, dtype, curve = torch.cuda.is_available(), compute_dtype(args.adapter_bits), []
+    settings = transformers.TrainingArguments(
+        output_dir=str(folder / "checkpoints"), max_steps=steps, learning_rate=args.lr, lr_scheduler_type="cosine",
+        warmup_steps=0.05, per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulate,
+        train_sampling_strategy="batch_rebalance", optim="adamw_torch", seed=args.seed, bf16=cuda and dtype ==
+        torch.bfloat16, fp16=cuda and dtype == torch.float16, use_cpu=not cuda, logging_steps=10, disable_tqdm=True,
+        logging_nan_inf_filter=False, save_steps=args.save_steps, save_total_limit=1, report_to=args.report_to,
+        remove_unused_columns=False, include_num_input_tokens_seen="non_padding")
+    settings._n_gpu = min(settings.n_gpu, 1)  # DataParallel knows no 4-bit weights
+    watch = Watch()
+    trainer = Trainer(model, settings, collate, examples, callbacks=[watch])
+    trainer.remove_callback(transformers.PrinterCallback)
+    last = last_checkpoint(folder / "checkpoints")
+    watch.last = last[0] if last else 0
+    if last and last[0] >= steps:  # stopped behind the last step: the Trainer would take another
+        peft.set_peft_model_state_dict(model, safetensors.torch.load_file(last[1] / "adapter_model.safetensors"))
+    else:
+        trainer.train(resume_from_checkpoint=last and str(last[1]))
+    model.save_pretrained(folder)
+    log = trainer.state.log_history
+    return {"steps": steps, "examples": len(examples), "tokens": trainer.state.num_input_tokens_seen, "curve": curve,
+            "trainable": sum(w.numel() for w in model.parameters() if w.requires_grad),
+            "seconds": next((row["train_runtime"] for row in log if "train_runtime" in row), 0.0),
+            "resumed_at": last[0] if last else 0, "peak_memory": peak_memory()}
+
+
+def last_checkpoint(folder):
+    """(step, folder) of the last whole checkpoint, or None; its trainer_state.json is written last."""
+    found = []
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(ValueError):  # half-written: a run was killed
+            found.append((json.loads(path.read_text("utf-8"))["global_step"], path.parent))
+    return max(found, default=None)
+
+
+def peak_memory():
+    """Bytes that tensors took at most on the GPU, else that this process took; None where neither is known."""
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def code_hash(function):
+    """A hash of a function's syntax tree: comments, docstrings and spacing do not count."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return short_hash(ast.dump(tree))
+
+
+def claim_adapter(folder, made_by, overwrite, followers=()):
+    """args.json of a finished adapter, or None if it is to be trained; refused if something else was trained there.
+
+    `made_by` is what an adapter follows from. `followers` are adapters that start from this one: `overwrite` deletes
+    them, too.
+    """
+    path = folder / "args.json"
+    if overwrite:
+        for old in (folder, *followers):
+            shutil.rmtree(old, ignore_errors=True)
+    about = json.loads(path.read_text("utf-8")) if path.is_file() else made_by
+    now = json.loads(json.dumps(made_by))
+    differ = [name for name in now if name != "code" and about.get(name) != now[name]]
+    differ += [f"the code of {name}" for name in now["code"] if about.get("code", {}).get(name) != now["code"][name]]
+    if differ:
+        detail = ", ".join(f"{name} ({about.get(name)} then, {now[name]} now)" if name in now else name
+                           for name in differ)
+        raise UserError(f"{folder} was trained otherwise: {detail}. Give --run NEW to train beside it, or --overwrite")
+    if "steps" not in about:
+        write(path, now)
+        return None
+    print(f"{folder} is trained already: nothing to do")
+    return about
+
+
+def settings_of(args, model, folder):
+    """What an adapter follows from, apart from its examples."""
+    keys = ("seed", "lr", "rank", "batch_size", "accumulate", "max_length")
+    settings = {key: getattr(args, key) for key in keys}
+    return {"weights": weights_id(model, folder), "bits": args.adapter_bits, **settings}
+
+
+def drop_long(examples, max_length):
+    """Examples of at most `max_length` tokens; longer ones are left out and counted: cutting would cut the answer."""
+    kept = [example for example in examples if len(example["input_ids"]) <= max_length]
+    if not kept:
+        raise UserError(f"all {len(examples)} examples exceed --max-length {max_length} tokens: raise it")
+    long = len(examples) - len(kept)
+    print(f"{len(kept):,} examples; {long:,} longer than --max-length {max_length} are left out")
+    if long > 0.02 * len(examples):
+        print("warning: these are more than 2%: raise --max-length")
+    return kept
+
+
+# ======================================================================================================================
 
 
 def main():
-    """`sample`, `subquestions` or `solve`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, call in (("sample", sample), ("subquestions", subquestions), ("solve", solve)):
-        one = commands.add_parser(name, parents=[make_parser(llm=True)], help=call.__doc__, description=call.__doc__)
-        one.set_defaults(call=call)
-        if name == "sample":
-            one.add_argument("--k", type=int, help="predictions a training question (preset)")
-            one.add_argument("--temperature", type=float, default=0.7, help="of these (0.7: varied, still sensible)")
-        elif name == "solve":
-            one.add_argument("question", help="the question, in quotes")
-    args = parse(parser, "art")
-    args.call(args)
+    parser = make_parser(__doc__)
+    parser.add_argument("command", choices=("sample", "subquestions", "solve"))
+    parser.add_argument("question", nargs="?", help="the question, in quotes (solve)")
+    parser.add_argument("--random", action="store_true", help="solve one of the test questions")
+    parser.add_argument("--k", type=positive, help="samples of a question (default by preset)")
+    args = parse(parser)
+    {"sample": sample, "subquestions": subquestions, "solve": solve}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1,70 +1,72 @@
 """Ask, refine and trust over the test split, and the table of who decides, who asks and who chooses.
 
-    python evaluate.py --task toy
-    python evaluate.py --task toy --rows initial,asker,art   # --rows all also trains what end_to_end needs
+    python evaluate.py
+    python evaluate.py --rows initial,asker,art           # adds to the rows that are there; all: every row
+    python evaluate.py --compare default seed1 --row art  # the same row of two runs, question by question
 
-Goes stage by stage over dev and test, one large model in memory at a time; a stage that is on disk is not made again.
-Every threshold is set on dev, to maximise there the accuracy of the row that uses it. Writes to runs/<task>/<run>/:
-results.json, table.md, costs.md, results.png (where matplotlib is installed), records.jsonl and flips.txt.
+Every model is asked about every question of dev and test (STAGES); then it is worked out, row by row (ROWS), which
+answer would have stood. So a row costs nothing once its stages are there. Thresholds are set on dev, to maximise there
+the accuracy of the row that uses them. Writes results.json, table.md, records.jsonl and flips.txt to runs/<task>/<run>.
 """
 
 import collections
-import contextlib
 import functools
 import json
 import math
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 import art
 
-# row: (who decides, what then stands in the place of the draft, who chooses between the two); None: no such step
-ROWS = {
-    "initial": (None, None, None),
-    "refine_always": ("always", "refined", "most_recent"),
-    "always_truster": ("always", "refined", "truster"),
-    "self_refine": ("self", "refined_self", "most_recent"),
-    "self_refine_plain": ("self", "refined_plain", "most_recent"),
-    "asker": ("asker", "refined", "most_recent"),
-    "asker_plain": ("asker", "refined_plain", "most_recent"),
-    "asker_self": ("asker", "refined", "self"),
-    "art": ("asker", "refined", "truster"),
-    "random_gate": ("random", "refined", "most_recent"),
-    "logprob_choice": ("asker", "refined", "logprob"),
-    "majority": ("always", "majority", "most_recent"),
-    "best_of_k": ("always", "best_of_k", "most_recent"),
-    "finetuned": ("always", "finetuned", "most_recent"),
-    "end_to_end": ("always", "end_to_end", "most_recent"),
-    "oracle_gate": ("oracle", "refined", "most_recent"),
+MAX_K = 12  # samples of a test question, at most
+
+
+STAGES = {  # name: the model that is asked, the step, the stages it reads, where it stands in a record
+    "draft": ("llm", "draft", (), ("candidates", "draft")),
+    "ask_self": ("llm", art.ask, ("draft",), ("ask", "self")),
+    "refined_self": ("llm", art.refine, ("draft", "ask_self"), ("candidates", "refined_self")),
+    "refined_plain": ("llm", art.refine, ("draft",), ("candidates", "refined_plain")),
+    "finetuned": ("finetuned", art.predict, (), ("candidates", "finetuned")),
+    "end_to_end": ("end_to_end", art.end_to_end, (), ("candidates", "end_to_end")),
+    "ask": ("asker", art.ask, ("draft",), ("ask", "asker")),
+    "refined": ("llm", art.refine, ("draft", "ask"), ("candidates", "refined")),
+    "trust_self": ("llm", art.trust_self, ("draft", "refined"), ("trust", "self")),
+    "trust": ("truster", art.trust, ("draft", "refined"), ("trust", "truster")),
+}
+DEFAULT_ROWS = {  # name: who decides to refine the draft, what then stands in its place, who chooses between the two
+    "initial": ("never", "draft", "newest"),
+    "self_refine": ("ask_self", "refined_self", "newest"),
+    "refine_always": ("always", "refined", "newest"),
+    "asker": ("ask", "refined", "newest"),
+    "art": ("ask", "refined", "trust"),
+    "random_gate": ("random", "refined", "newest"),  # as many as row asker refines: the mean over all such choices
+    "oracle_gate": ("oracle", "refined", "newest"),  # oracle: looks at the gold answer, an upper bound
+    "asker_oracle": ("ask", "refined", "oracle"),
     "oracle_choice": ("always", "refined", "oracle"),
 }
-SUBQUESTIONS = {"refined": "asker", "refined_self": "self"}  # whose sub-questions a refinement has
-CURVES = {"majority": "vote", "best_of_k": "truster"}  # rows over k samples, and who chooses among them
-CURVE_K = (1, 2, 3, 5, 8)
-ALONE = {*CURVES, "finetuned", "end_to_end"}  # candidates that are made without a draft
+ROWS = DEFAULT_ROWS | {
+    "always_truster": ("always", "refined", "trust"),
+    "art_untuned": ("ask at 0.5", "refined", "trust"),  # the paper's rule: the Asker's own word
+    "cheap_gate": ("cheap", "refined", "newest"),  # a regression on words and numbers decides
+    "self_refine_plain": ("ask_self", "refined_plain", "newest"),
+    "asker_plain": ("ask", "refined_plain", "newest"),
+    "asker_self": ("ask", "refined", "trust_self"),
+    "logprob_choice": ("ask", "refined", "logprob"),
+    "majority": ("always", "majority", "newest"),  # the next three choose among k samples
+    "weighted_vote": ("always", "weighted_vote", "newest"),
+    "best_of_k": ("always", "best_of_k", "newest"),
+    "finetuned": ("always", "finetuned", "newest"),
+    "end_to_end": ("always", "end_to_end", "newest"),
+}
+GROUPS = {"the paper's rows": ("initial", "self_refine", "refine_always", "asker", "art"),
+          "controls": tuple(row for row in ROWS if row not in DEFAULT_ROWS) + ("random_gate",),
+          "upper bounds, which look at the gold answer": ("oracle_gate", "asker_oracle", "oracle_choice")}
+VOTES = ("majority", "weighted_vote", "best_of_k")
+ALONE = {"finetuned", "end_to_end", *VOTES}  # need no draft, and test alone
 
-NEEDS = (  # the stages that a decider, a candidate and a chooser need beside the draft
-    {"asker": ["ask"], "random": ["ask"], "self": ["ask_self"]},
-    {"refined": ["ask", "refined"], "refined_self": ["ask_self", "refined_self"], "refined_plain": ["refined_plain"],
-     "majority": ["samples"], "best_of_k": ["samples", "trust_samples"], "finetuned": ["finetuned"],
-     "end_to_end": ["end_to_end"]},
-    {"truster": ["trust"], "self": ["trust_self"]})
-ADAPTER = {"ask": "asker", "trust": "truster", "trust_samples": "truster",  # that makes a stage; all others: the LLM
-           "finetuned": "finetuned", "end_to_end": "end_to_end"}
-BASE = {"asker": "asker", "finetuned": "asker", "end_to_end": "asker", "truster": "truster"}  # an adapter's model
-LEARNS_FROM = {"finetuned": [], "asker": ["samples", "finetuned"], "truster": ["samples"],  # what is made before it
-               "end_to_end": ["samples", "finetuned"]}
-ACCURACY = "{:.1%} ({:.1%} to {:.1%})"  # with its interval
-COMPUTED = "fine-tuning a 70 B model (computed)"  # training alone
-PLACES = {"ask": ("ask", "asker"), "ask_self": ("ask", "self"), "trust": ("trust", "truster"),  # in the record
-          "trust_self": ("trust", "self"), "trust_samples": ("trust", "samples")}
 
-
-# --- Statistics ---
+# --- Statistics
 
 
 def wilson(right, n, z=1.959964):
@@ -79,7 +81,7 @@ def wilson(right, n, z=1.959964):
 
 
 def mcnemar(gained, lost):
-    """Exact two-sided p of McNemar's test: `gained` and `lost` are the questions on which two rows differ.
+    """Exact two-sided p of McNemar's test: on how many questions is the one row alone right, on how many the other?
 
     >>> round(mcnemar(2, 10), 4)
     0.0386
@@ -88,596 +90,474 @@ def mcnemar(gained, lost):
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n) if n else 1.0
 
 
-def compare(row, other, seed):
+def compare(row, other, seed=0):
     """Difference in accuracy of two rows on the same questions: delta, 95% bootstrap interval, exact McNemar p."""
-    difference, n = row.astype(int) - other.astype(int), len(row)
+    difference = np.asarray(row, int) - np.asarray(other, int)
     shares = [np.mean(difference == value) for value in (-1, 0, 1)]
-    drawn = np.random.default_rng(seed).multinomial(n, shares, 10_000) @ np.array([-1, 0, 1]) / n
+    drawn = np.random.default_rng(seed).multinomial(len(difference), shares, 10_000) @ [-1, 0, 1] / len(difference)
     return {"delta": float(difference.mean()), "ci95": np.percentile(drawn, [2.5, 97.5]).tolist(),
             "p": mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))}
 
 
-# --- The stages: each asks one model about every question of dev and test ---
+def best_threshold(p, gain):
+    """The threshold on `p` (refine at or above it) with the largest sum of `gain`, the middle one among equals.
 
-
-def stages_of(rows):
-    """The stages that rows need beside the draft, by name."""
-    return {stage for row in rows for names, step in zip(NEEDS, ROWS[row]) for stage in names.get(step, ())}
-
-
-def run_stages(args, rows, dev, test):
-    """Put what `rows` need into the records of dev and test: candidates, ask, trust.
-
-    Returns {role: model} and what made it all: model, data, prompts, flags, hashes of the adapters.
+    >>> best_threshold([0.1, 0.6, 0.9], [-1, 1, 1])
+    0.35
     """
-    shelf, task, needed = art.Shelf(args), args.task, {"initial"} | stages_of(rows)
-    llm = art.fingerprint(args, args.model, art.LLM_KEYS)
-    settings = {"exemplars": art.load_exemplars(task, args.shots, args.data), "max_new_tokens": args.max_new_tokens}
-    samples, _ = art.load_samples(args, dev)
-    path = args.runs / task / "samples.jsonl"  # holds the drafts of dev
-    sampling = json.loads(art.maker(path).read_text())
-    art.require_same(sampling, llm, path, "give the flags you gave art.py sample")
-    supported = {**settings, "facts": args.facts != "none"}
-
-    def strip(row):
-        return {key: value for key, value in row.items() if key not in ("id", "sample", "correct")}
-
-    def stage(name, made_by, over, step, per_id=1):
-        """Make one stage if it is needed; returns what what follows from it is made by, and so the name of its file.
-
-        What the LLM makes without an adapter is kept for all runs of the task: seeds and ablations share it.
-        """
-        if name not in needed:  # nor is what follows from it
-            return made_by
-        model = ADAPTER.get(name, "llm")
-        if name in ADAPTER:
-            made_by = {**made_by, model: adapter(model)}
-
-        def batches(done):
-            lm = shelf.get(model)
-            with lm.use(model) if BASE.get(model) == "asker" else contextlib.nullcontext():
-                yield from step(lm, done=done)
-
-        digest = art.short_hash(made_by)
-        folder = (args.runs / task / args.run if BASE.keys() & made_by.keys() else args.runs / task) / "stages"
-        with art.lock(folder):
-            art.claim(folder / f"{name}-{digest}.jsonl", made_by)
-            made = art.stage(folder / f"{name}-{digest}.jsonl", name, [r["id"] for r in over], batches, per_id)
-        part, key = PLACES.get(name, ("candidates", name))
-        for record in over:
-            kept = [strip(row) for row in made[record["id"]]]
-            record.setdefault(part, {})[key] = kept if name == "samples" else kept[0]
-        return {**made_by, name: digest}
-
-    @functools.cache
-    def adapter(name):
-        """The hash of its weights."""
-        about = shelf.about(name)
-        if not args.adapters:  # it must have learned from the data and the samples that are here now
-            now = {"data_sha256": llm["data_sha256"]}
-            if "samples_sha256" in about:
-                seen = [r for split in ("train", "dev") for r in art.load_task(task, split, about["limit"], args.data)]
-                now["samples_sha256"] = art.load_samples(args, seen)[1]
-            art.require_same(about, now, f"the adapter in {shelf.folder / name}",
-                             "train it again, or name it with --adapters")
-        return art.adapter_hash(shelf.folder / name)
-
-    def asked(name):
-        return [record["ask"][name]["subquestions"] for record in records]
-
-    def pairs():
-        return [{name: r["candidates"][name]["text"] for name in ("initial", "refined")} for r in records]
-
-    alone = {**llm, "test": art.data_hash(task, ["test"], args.data)}
-    drawing = {key: sampling[key] for key in ("seed", "temperature")}  # as the samples of train, for all runs
-    drawn = stage("samples", {**alone, **drawing}, test, lambda lm, **how: art.draw(
-        lm, args, test, max(CURVE_K), **drawing, **how), max(CURVE_K))
-    records = dev + test
-    for record in dev:
-        record["candidates"] = {"initial": strip(samples[record["id"]][0])}
-    by = {**alone, "drafts": art.short_hash([samples[record["id"]][0] for record in dev])}
-    by = stage("initial", by, test, lambda lm, **how: art.predict(
-        lm, task, test, strategy=args.strategy, facts=args.facts == "both", **settings, **how))
-    drafts = [record["candidates"]["initial"]["text"] for record in records]
-    by_self = stage("ask_self", by, records, lambda lm, **how: art.ask(lm, task, records, drafts, **settings, **how))
-    stage("refined_self", by_self, records, lambda lm, **how: art.refine(
-        lm, task, records, drafts, asked("self"), **supported, **how))
-    stage("refined_plain", by, records, lambda lm, **how: art.refine(lm, task, records, drafts, **supported, **how))
-    stage("finetuned", alone, test, lambda lm, **how: art.predict(
-        lm, task, test, strategy=shelf.about("finetuned")["strategy"], **how, **(
-            settings if shelf.about("finetuned")["task"] != task else  # of another task: it is shown what `initial` is
-            {"max_new_tokens": args.max_new_tokens})))
-    stage("end_to_end", alone, test, lambda lm, **how: art.end_to_end(  # a draft, sub-questions and a revised answer
-        lm, task, test, max_new_tokens=3 * args.max_new_tokens, **how))
-    by = stage("ask", by, records, lambda lm, **how: art.ask(
-        lm, task, records, drafts, shift=shelf.about("asker")["shift"], max_new_tokens=args.max_new_tokens, **how))
-    by = stage("refined", by, records, lambda lm, **how: art.refine(
-        lm, task, records, drafts, asked("asker"), **supported, **how))
-    stage("trust_self", by, records, lambda lm, **how: art.choose(lm, records, pairs(), **how))
-    stage("trust", by, records, lambda truster, **how: truster.score(records, pairs(), **how))
-    stage("trust_samples", drawn, test, lambda truster, **how: truster.score(
-        test, [{str(i): row["text"] for i, row in enumerate(r["candidates"]["samples"])} for r in test], **how))
-    models, adapters = {"llm": args.model}, sorted({ADAPTER[name] for name in needed & ADAPTER.keys()})
-    for name in adapters:  # what is fine-tuned beside the Asker has its base
-        models.setdefault(BASE[name], shelf.about(name)["model"])
-    return models, {**llm, "limit": args.limit, "adapters": {name: adapter(name) for name in adapters}}
+    p, gain = np.asarray(p), np.asarray(gain)
+    values = np.unique(p)
+    cuts = [0.0, *((values[1:] + values[:-1]) / 2), np.nextafter(1, 2)]  # always, between, never
+    sums = np.array([gain[p >= cut].sum() for cut in cuts])
+    best = np.flatnonzero(sums == sums.max())
+    return float(cuts[best[len(best) // 2]])
 
 
-# --- The rows: no model is asked any more ---
+# --- What the models say, and what follows from it
 
 
-def verdicts(task, records, candidate):
-    """Which answers of a candidate are right: array (n,) of bool."""
-    return np.array([art.verdict(task, r["candidates"][candidate], r["answer"]) for r in records])
+class Evaluation:
+    """Dev and test: what each stage said (asked when it is first needed), which answers are right, what each cost."""
 
+    def __init__(self, run, dev, test):
+        self.run, self.args, self.records = run, run.args, dev + test
+        self.dev, self.test = slice(len(dev)), slice(len(dev), None)
+        self.said = {}
 
-def has_logprobs(records):
-    """Is the probability of every draft and refinement known? A server may not give it."""
-    made = [r["candidates"].get(name, {}) for r in records for name in ("initial", "refined")]
-    return all(row.get("failed") or row.get("logprob") is not None for row in made)
+    def __getitem__(self, name):
+        """One row a record; a stage that needs no draft has None for those of dev."""
+        if name not in self.said:
+            model, step, reads, _ = STAGES[name]
+            part = self.test if name in ALONE else slice(None)
+            inputs = [self[stage][part] for stage in reads]
+            step = functools.partial(art.predict, temperature=self.args.draft_temperature) if step == "draft" else step
+            rows = step(self.run.model(model, name), self.args, self.records[part], *inputs)
+            self.said[name] = [None] * (len(self.records) - len(rows)) + rows
+        return self.said[name]
 
+    def right(self, name):
+        """Which answers of a stage are right: array (n,) of bool."""
+        return np.array([row is not None and art.verdict(self.args.task, row, record["answer"])
+                         for row, record in zip(self[name], self.records)])
 
-def columns(task, records):
-    """Arrays (n,) for the rows: which candidates are right, the p_refine of each decider, what each chooser takes."""
-    right = {name: verdicts(task, records, name) for name in records[0]["candidates"] if name != "samples"}
-    p = {name: np.array([r["ask"][name]["p_refine"] for r in records]) for name in records[0].get("ask", ())}
-    takes = {name: np.array([r["trust"][name]["refined"] > r["trust"][name]["initial"] for r in records])
-             for name in records[0].get("trust", ()) if name != "samples"}
-    if has_logprobs(records):
-        draft, refined = ([-math.inf if r["candidates"][name].get("failed") else r["candidates"][name]["logprob"]
-                           for r in records] for name in ("initial", "refined"))
-        takes["logprob"] = np.greater(refined, draft)
-    return right, p, takes
+    def tokens(self, name):
+        """Tokens read and written for each record."""
+        return np.array([row["prompt_tokens"] + row.get("tokens", 0) if row else 0 for row in self[name]])
 
+    def p_refine(self, name):
+        """The probability of refining that a decider gives."""
+        if name == "cheap":
+            return self.cheap
+        return np.array([row["p_refine"] for row in self["ask" if name == "ask at 0.5" else name]])
 
-def outcome(row, right, p, takes, threshold):
-    """(decides to refine, takes the refinement) of a row, arrays (n,) of bool."""
-    (decides, candidate, chooses), initial = ROWS[row], right["initial"]
-    known = {None: np.zeros_like(initial), "always": np.ones_like(initial), "oracle": ~initial}
-    refine = known[decides] if decides in known else p[decides] >= threshold
-    if chooses == "oracle":
-        return refine, refine & right[candidate] & ~initial
-    return refine, refine & takes[chooses] if chooses in takes else refine
+    @functools.cached_property
+    def cheap(self):
+        """p_refine of the cheap gate."""
+        return cheap_gate(self)
 
+    def takes(self, chooses, candidate):
+        """Would this chooser take the refinement? Array (n,) of bool."""
+        if chooses == "newest":
+            return np.ones(len(self.records), bool)
+        if chooses == "oracle":
+            return self.right(candidate) & ~self.right("draft")
+        if chooses == "logprob":
+            known = [-math.inf if row["logprob"] is None else row["logprob"]
+                     for name in (candidate, "draft") for row in self[name]]
+            return np.array(known[: len(self.records)]) > np.array(known[len(self.records):])
+        return np.array([row["refined"] > row["draft"] for row in self[chooses]])
 
-def set_threshold(row, right, p, takes):
-    """The threshold of a row on dev, or None where it needs none."""
-    decides, candidate, chooses = ROWS[row]
-    if decides not in ("asker", "self"):
-        return None
-    gain = right[candidate].astype(int) - right["initial"]
-    return art.best_threshold(p[decides], gain * takes[chooses] if chooses in takes else gain)
-
-
-def sweep(row, right, p, takes):
-    """Accuracy and share refined of a row at every percentile of p_refine: [{"threshold", "refined_share", ...}]."""
-    points = []
-    for threshold in [0.0, *np.unique(np.percentile(p[ROWS[row][0]], range(5, 100, 5))), np.nextafter(1, 2)]:
-        refine, take = outcome(row, right, p, takes, threshold)
-        accuracy = np.where(take, right[ROWS[row][1]], right["initial"]).mean()
-        points.append({"threshold": float(threshold), "refined_share": float(refine.mean()),
-                       "accuracy": float(accuracy)})
-    return points
-
-
-def pick(record, row, k):
-    """Which of the first k samples stands: the first with the most common answer, or the Truster's favourite."""
-    samples = record["candidates"]["samples"][:k]
-    if row == "best_of_k":
-        return samples[max(range(len(samples)), key=lambda i: record["trust"]["samples"][str(i)])]
-    whole = [sample for sample in samples if sample["answer"] is not None and sample["stopped"]]
-    votes = collections.Counter(sample["answer"] for sample in whole)
-    return max(whole, key=lambda sample: votes[sample["answer"]], default=samples[0])  # the earliest among equals
-
-
-def add_curve(args, row, test, models, budget):
-    """Put the choice among k samples into the candidates of `test`; returns (k, [{"k", "accuracy", ...}, ...]).
-
-    k is the first whose cost is at least `budget`, what `art` costs, so that the rival gets no less; or the last.
-    The prompt is counted once, since samples share the pass over it, but on a server as often as it is sent.
-    """
-    def point(k):
-        for record in test:
-            samples = record["candidates"]["samples"][:k]
-            record["candidates"][row] = {**pick(record, row, k), "tokens": sum(sample["tokens"] for sample in samples)}
-            if args.base_url:
-                record["candidates"][row]["prompt_tokens"] = sum(sample["prompt_tokens"] for sample in samples)
-            if row == "best_of_k":  # the Truster reads each with the question
-                read = record["trust"]["samples"]["prompt_tokens"] * k / max(CURVE_K)
-                record["trust"][row] = {"prompt_tokens": round(read)}
-        right = verdicts(args.task, test, row)
-        return {"k": k, "accuracy": float(right.mean()), "ci95": wilson(int(right.sum()), len(test)),
-                "cost": cost(row, test, np.ones(len(test), bool), models)}
-
-    curve = [point(k) for k in range(1, max(CURVE_K) + 1)]
-    k = next((one["k"] for one in curve if budget and total(one["cost"], unit_of(models)) >= budget), max(CURVE_K))
-    point(k)  # which stays
-    return k, [one for one in curve if one["k"] in {*CURVE_K, k}]
-
-
-def cost(row, records, refine, models):
-    """Tokens and floating-point operations a question (2 x parameters x tokens) of each model that a row uses."""
-    n, used = len(records), {name: [0, 0] for name in models}
-    for stage in sorted(stages_of([row]) | ({"initial"} if ROWS[row][1] not in ALONE else set())):
-        model, (part, key) = BASE.get(ADAPTER.get(stage), "llm"), PLACES.get(stage, ("candidates", stage))
-        for record, share in zip(records, refine.astype(float)):
-            made = record[part][row if key == "samples" else key]
-            share = 1 if stage in ("initial", "ask", "ask_self") else share  # these come before the decision
-            used[model][0] += share * made["prompt_tokens"]
-            used[model][1] += share * made.get("tokens", 0)
-    return {name: {"prompt_tokens": a / n, "tokens": b / n,  # a server does not say its parameters
-                   "flops": models[name]["parameters"] and 2 * models[name]["parameters"] * (a + b) / n}
-            for name, (a, b) in used.items() if a + b}
-
-
-def unit_of(models):
-    """What a cost is told in: operations, or tokens where the size of the LLM is not known."""
-    return "flops" if models["llm"]["parameters"] else "tokens"
-
-
-def total(price, unit):
-    """The sum of {model: its part of a cost}, in "flops" or "tokens", those of the prompt included."""
-    return sum(part[unit] if unit == "flops" else part["tokens"] + part.get("prompt_tokens", 0)
-               for part in price.values())
-
-
-def training_costs(args, models):
-    """What drawing the samples and each training took: {"samples" or adapter: {"model", "tokens", "flops", ...}}.
-
-    Operations: 2 for a parameter and a token that is read or written; 4 in QLoRA, forward and back through frozen
-    weights; 6 where all weights are trained. The last entry is computed, no run: 70 B parameters fine-tuned on what the
-    Asker's first stage read, at its operations a second.
-    """
-    path, folder = args.runs / args.task / "samples.jsonl", art.Shelf(args).folder
-    samples = art.read_jsonl(path)
-    prompts = samples if args.base_url else {row["id"]: row for row in samples}.values()  # read once for all samples
-    costs = {"samples": {
-        **json.loads(art.maker(path).read_text()), **models["llm"], "trainable_parameters": 0, "examples": len(samples),
-        "tokens": sum(row["tokens"] for row in samples) + sum(row["prompt_tokens"] for row in prompts)}}
-    for name in LEARNS_FROM:
-        if (folder / name / "args.json").is_file():
-            about = json.loads((folder / name / "args.json").read_text())
-            costs[name] = {**about, "parameters": art.parameters(about["model"])}
-    keys = ("model", "parameters", "trainable_parameters", "examples", "tokens", "seconds", "peak_memory")
-    costs = {name: {key: about.get(key) for key in keys} for name, about in costs.items()}
-    for name, part in costs.items():
-        part["flops"] = part["parameters"] and (2 if name == "samples" else 4) * part["parameters"] * part["tokens"]
-    if "finetuned" in costs:
-        own, size = costs["finetuned"], int(70e9)
-        flops = 6 * size * own["tokens"]
-        costs[COMPUTED] = {**own, "model": "70 B", "parameters": size, "trainable_parameters": size, "flops": flops,
-                           "seconds": own["seconds"] * flops / own["flops"], "peak_memory": None}
-    return costs
-
-
-def total_cost(row, results, price):
-    """What it takes to train what a row needs and to answer all test questions at `price` a question."""
-    adapters = {ADAPTER[stage] for stage in stages_of([row]) & ADAPTER.keys()}
-    needed = adapters.union(*(LEARNS_FROM[name] for name in adapters)) & results["training"].keys()
-    unit = unit_of(results["models"])
-    return total({name: results["training"][name] for name in needed}, unit) + results["n"] * total(price, unit)
-
-
-def cost_table(results, hour_price=None):
-    """Samples and trainings as a Markdown table; the price of an hour adds the money."""
-    head = ["what", "model", "parameters", "trained", "examples", "tokens", "seconds", "peak GiB", "operations"]
-    rows = []
-    for name, part in results["training"].items():
-        counts = [art.show(part[key], ",") for key in ("parameters", "trainable_parameters", "examples", "tokens")]
-        peak = part["peak_memory"] and part["peak_memory"] / 2**30
-        rows.append([name, part["model"], *counts, art.show(part["seconds"], ",.0f"), art.show(peak, ".1f"),
-                     art.show(part["flops"], ".1e")])
-        if hour_price:
-            rows[-1].append(art.show(part["seconds"] and part["seconds"] / 3600 * hour_price, ",.2f"))
-    seconds, peak = results["seconds"], results["peak_memory"]
-    took = f"{seconds:,.0f} s" + (f", {peak / 2**30:.1f} GiB at most" if peak else "")
-    took += f", {seconds / 3600 * hour_price:,.2f} of money" if hour_price else ""
-    return markdown(head + ["money"] * bool(hour_price), rows) + (
-        f"\n\nevaluate.py took {took}; tokens and operations of each row are in results.json. Seconds and GiB are of "
-        "this machine; those of a start that was stopped before its end are missing.\n")
-
-
-def make_rows(args, rows, dev, test, models):
-    """({row: its dictionary in results.json}, {row: takes the refinement}, curves, sweeps).
-
-    Thresholds come from dev, everything else from test, whose records get {row: is it right} as "right".
-    """
-    on_dev, on_test = columns(args.task, dev), columns(args.task, test)
-    right, initial, n = on_test[0], on_test[0]["initial"], len(test)
-    thresholds, decided, correct, curves, k = {}, {}, {}, {}, dict.fromkeys(rows, 1)
-    for row in sorted(rows, key=lambda row: row in CURVES):  # these need to know what `art` costs
-        decides, candidate, _ = ROWS[row]
-        if row in CURVES:
-            budget = total(cost("art", test, decided["art"][0], models), unit_of(models)) if "art" in decided else None
-            k[row], curves[row] = add_curve(args, row, test, models, budget)
-            right[candidate] = verdicts(args.task, test, candidate)
-        thresholds[row] = set_threshold(row, *on_dev)
-        if decides == "random":  # the mean over every subset of the size that the Asker refines, exactly
-            gate = outcome("asker", *on_test, set_threshold("asker", *on_dev))[0]
-            decided[row] = np.full(n, gate.mean()), None
-            correct[row] = (1 - gate.mean()) * initial + gate.mean() * right[candidate]
-        else:
-            decided[row] = refine, take = outcome(row, *on_test, thresholds[row])
-            correct[row] = np.where(take, right[candidate or "initial"], initial)
-    for number, record in enumerate(test):  # for tests between any two rows
-        record["right"] = {row: bool(correct[row][number]) for row in rows if decided[row][1] is not None}
-    results, strategies = {}, {"end_to_end": "cot"}  # of rows that do not take the flag
-    if "finetuned" in rows:
-        strategies["finetuned"] = art.Shelf(args).about("finetuned")["strategy"]
-    for row in rows:
+    def gate(self, row, threshold=None):
+        """(decides to refine, takes the refinement), arrays (n,) of bool; and the threshold, set on dev."""
         decides, candidate, chooses = ROWS[row]
-        refine, take = decided[row]
-        alone, asker = candidate in ALONE, SUBQUESTIONS.get(candidate)
-        asked = asker and any(record["ask"][asker]["subquestions"] for record in test)  # an ablation asks nothing
-        facts = args.facts if not alone or row in CURVES and args.facts == "both" else "none"  # samples are drafts
-        results[row] = result = {"row": row, "settings": {
-            "strategy": strategies.get(row, args.strategy), "ask": None if alone else decides,
-            "subquestions": asker if asked else None, "trust": CURVES.get(row) if alone else chooses, "facts": facts,
-            "rounds": 1 if candidate and not alone else 0, "k": k[row], "threshold": thresholds[row]},
-            "accuracy": float(correct[row].mean()), "ci95": wilson(float(correct[row].sum()), n),
-            "refined_share": 0.0 if alone else float(refine.mean())}
-        if take is None:  # an expectation has no answers to compare, count or pair
-            result |= dict.fromkeys(["vs_initial", "vs_self_refine", "flips", "same_answer", "unparsed", "cut_off",
-                                     "failed"])
-        else:
-            answers = [r["candidates"][candidate if t else "initial"] for r, t in zip(test, take)]
-            same = [r["candidates"][candidate]["answer"] == r["candidates"]["initial"]["answer"]
-                    for r, refined in zip(test, refine) if refined]
-            result |= {
-                "vs_initial": compare(correct[row], initial, args.seed),
-                "vs_self_refine": compare(correct[row], correct["self_refine"], args.seed)
-                if "self_refine" in rows else None,
-                "flips": {"wrong_right": int((correct[row] & ~initial).sum()),
-                          "right_wrong": int((~correct[row] & initial).sum())},
-                "same_answer": float(np.mean(same)) if same else None,
-                "unparsed": sum(a["answer"] is None and a["stopped"] for a in answers),
-                "cut_off": sum(not a["stopped"] and not a.get("failed") for a in answers),
-                "failed": sum(a.get("failed", False) for a in answers)}
-        result["cost"] = cost(row, test, refine, models)
-    sweeps = {row: sweep(row, *on_test) for row in ("asker", "art") if row in rows}
-    return results, {row: pair[1] for row, pair in decided.items()}, curves, sweeps
+        initial, takes = self.right("draft"), self.takes(chooses, candidate)
+        fixed = {"never": np.zeros_like(initial), "always": np.ones_like(initial), "oracle": ~initial}
+        if decides in fixed:
+            return fixed[decides], fixed[decides] & takes, None
+        p = self.p_refine(decides)
+        if decides == "ask at 0.5":
+            threshold = 0.5
+        if threshold is None:
+            gain = (self.right(candidate).astype(int) - initial) * takes
+            threshold = best_threshold(p[self.dev], gain[self.dev])
+        return p >= threshold, (p >= threshold) & takes, threshold
 
 
-def markdown(head, rows):
-    """A table; short rows are filled with empty cells."""
-    rows = [[*row, *[""] * (len(head) - len(row))] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+def cheap_gate(said):
+    """p_refine from a logistic regression (L2 = 1) fitted on the training samples: does a trained Asker beat it?
+
+    It sees the question's words that occur in 3 training questions or more, and the draft's length, mean
+    log-probability, and whether it was cut off.
+    """
+    import torch
+    args = said.args
+    train = art.load_task(args.task, "train", args.limit_train or args.limit, args.data)
+    samples = art.load_samples(args, train)
+    words = {record["id"]: set(record["question"].lower().split()) for record in train + said.records}
+    counts = collections.Counter(word for record in train for word in words[record["id"]])
+    index = {word: i for i, (word, n) in enumerate(counts.most_common(2000)) if n >= 3}
+
+    def features(record, row):
+        known = np.zeros(len(index) + 3, np.float32)
+        known[[index[word] for word in words[record["id"]] & index.keys()]] = 1
+        known[-3:] = row["tokens"] / 100, (row["logprob"] or 0) / max(1, row["tokens"]), not row["stopped"]
+        return known
+
+    pairs = [(record, row) for record in train for row in samples[record["id"]]["samples"] if not row.get("failed")]
+    x = torch.tensor(np.array([features(*pair) for pair in pairs]))
+    y = torch.tensor([float(not row["correct"]) for _, row in pairs])
+    weights = torch.zeros(x.shape[1] + 1, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights[:-1] + weights[-1], y, reduction="sum")
+        value = value + 0.5 * weights[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    drafts = torch.tensor(np.array([features(*pair) for pair in zip(said.records, said["draft"])]))
+    return (drafts @ weights[:-1] + weights[-1]).sigmoid().detach().double().numpy()
+
+
+# --- The rows
+
+
+def asks_of(candidate):
+    """The stage whose sub-questions a candidate answers, if any."""
+    return {"refined": "ask", "refined_self": "ask_self"}.get(candidate)
+
+
+def tokens_of(said, row, refine):
+    """Tokens a question of test: every step up to the decision, and behind it those for what is refined."""
+    decides, candidate, chooses = ROWS[row]
+    decides = {"ask at 0.5": "ask", "random": "ask"}.get(decides, decides)
+    before = {asks_of(candidate), decides, "draft"} & STAGES.keys()
+    if decides in ("oracle", "cheap"):  # the Asker writes sub-questions only for what is refined
+        before = {"draft"}
+    after = {asks_of(candidate), candidate, chooses} & STAGES.keys() - before
+    spent = sum(said.tokens(name)[said.test] for name in before)
+    return spent + refine * sum(said.tokens(name)[said.test] for name in after)
+
+
+def make_row(said, row):
+    """(what results.json says of a row on test, which of its answers are right)."""
+    decides, candidate, chooses = ROWS[row]
+    initial, better = said.right("draft")[said.test], said.right(candidate)[said.test]
+    made = {"row": row, "decides": decides, "candidate": candidate, "chooses": chooses,
+            "strategy": said.args.strategy, "threshold": None}
+    if candidate in ALONE:
+        return {**made, **counts(said, candidate, better, initial), "refined": None,
+                "tokens": float(said.tokens(candidate)[said.test].mean())}, better
+    if decides == "random":
+        share = said.gate("asker", said.args.threshold)[0][said.test].mean()
+        right = (1 - share) * initial + share * better
+        return {**made, "accuracy": float(right.mean()), "ci95": wilson(right.sum(), len(right)), "n": len(right),
+                "refined": float(share), "tokens": float(tokens_of(said, row, share).mean())}, right
+    refine, take, threshold = said.gate(row, said.args.threshold)
+    refine, take = refine[said.test], take[said.test]
+    right = np.where(take, better, initial)
+    old, new = said["draft"][said.test], said[candidate][said.test]
+    same = [a["answer"] == b["answer"] for a, b, refined in zip(old, new, refine) if refined]
+    answers = [b if taken else a for a, b, taken in zip(old, new, take)]
+    return {**made, **counts(said, answers, right, initial), "threshold": threshold, "refined": float(refine.mean()),
+            "same_answer": float(np.mean(same)) if same else None,
+            "tokens": float(tokens_of(said, row, refine).mean())}, right
+
+
+def counts(said, answers, right, initial):
+    """Accuracy and what became of the answers of a row; `answers`: rows, or the stage that made them."""
+    answers = said[answers][said.test] if isinstance(answers, str) else answers
+    return {"accuracy": float(right.mean()), "ci95": wilson(right.sum(), len(right)), "n": len(right),
+            "mended": int((right & ~initial).sum()), "broken": int((~right & initial).sum()),
+            "unparsed": sum(one["answer"] is None and one["stopped"] for one in answers),
+            "cut_off": sum(not one["stopped"] and not one.get("failed") for one in answers),
+            "failed": sum(bool(one.get("failed")) for one in answers)}
+
+
+def vote_row(said, row, budget):
+    """A row that chooses among the first k samples, with the k that costs what `art` costs; on --vote-limit questions.
+
+    Drawn are as many samples as that cost needs by the drafts' tokens, so that no more is asked than stands.
+    """
+    args, records = said.args, said.records[said.test][: said.args.vote_limit]
+    draft = np.mean([one["tokens"] for one in said["draft"][said.test][: len(records)]])
+    k = args.vote_k or (MAX_K if budget == math.inf else min(MAX_K, max(2, math.ceil(budget / draft))))
+    rows = art.sample_answers(said.run.model("llm", "samples of test"), args, records, k, args.temperature)
+    scores = None
+    if row != "majority":
+        prompts = [art.trust_prompt(record, one["text"]) for record, several in zip(records, rows) for one in several]
+        scored = said.run.model("truster", "trust samples").score(prompts)
+        scores = [scored[i : i + k] for i in range(0, len(scored), k)]
+    curve = []
+    for k in range(1, k + 1):
+        chosen = [pick(row, several[:k], scores and scores[i][:k]) for i, several in enumerate(rows)]
+        right = np.array([art.verdict(args.task, one, record["answer"]) for one, record in zip(chosen, records)])
+        read = [several[0]["prompt_tokens"] + sum(one["tokens"] for one in several[:k]) + sum(
+            score["prompt_tokens"] for score in (scores[i][:k] if scores else ())) for i, several in enumerate(rows)]
+        curve.append({"k": k, "accuracy": float(right.mean()), "tokens": float(np.mean(read))})
+        if curve[-1]["tokens"] >= budget:
+            break
+    initial = said.right("draft")[said.test][: len(records)]
+    decides, candidate, chooses = ROWS[row]
+    made = {"row": row, "decides": decides, "candidate": candidate, "chooses": chooses, "strategy": args.strategy,
+            "threshold": None, "refined": None, **counts(said, chosen, right, initial), **curve[-1], "curve": curve}
+    return made, right
+
+
+def pick(row, samples, scores):
+    """The sample that stands: the Truster's favourite, or the first with the most votes, each of 1 or exp(score)."""
+    if row == "best_of_k":
+        return samples[int(np.argmax([score["score"] for score in scores]))]
+    weights = [math.exp(score["score"]) for score in scores] if scores else [1.0] * len(samples)
+    votes = collections.defaultdict(float)
+    for one, weight in zip(samples, weights):
+        if one["answer"] is not None and one["stopped"]:
+            votes[one["answer"]] += weight
+    best = max(votes, key=votes.get, default=None)
+    return next((one for one in samples if one["stopped"] and one["answer"] == best), samples[0])
+
+
+def make_rows(said, wanted, kept):
+    """({row: what results.json says}, {row: which answers are right}, {row: why it is left out}).
+
+    `wanted` rows may ask the models. `kept` ones stood in the table before: they stay if nothing has to be asked.
+    """
+    made, right, lacking = {}, {}, {}
+    for row in [row for row in ROWS if row in wanted or row in kept]:
+        said.run.offline = row not in wanted
+        try:
+            if row in VOTES:
+                budget = made["art"]["tokens"] if "art" in made else math.inf
+                made[row], right[row] = vote_row(said, row, budget)
+            else:
+                made[row], right[row] = make_row(said, row)
+        except art.Missing as stage:
+            lacking[row] = f"its answers ({stage}) are not those of today's settings: ask them with --rows {row}"
+        except art.UserError as error:
+            if row in wanted and not optional(row, said.args):
+                raise
+            lacking[row] = str(error)
+    said.run.offline = False
+    for row, about in made.items():
+        for other in ("initial", "self_refine"):
+            if other in made and row not in (other, "random_gate"):
+                about[f"vs_{other}"] = compare(right[row], right[other][: about["n"]], said.args.seed)
+    return made, right, lacking
+
+
+def optional(row, args):
+    """May a row be left out with a line? If it was not named, and needs a model that is not trained by default."""
+    return args.rows == "all" and row in ("finetuned", "end_to_end")
+
+
+# --- What is written
 
 
 def table(results):
-    """results.json as a Markdown table."""
-    head = ["row", "accuracy (95%)", "vs initial", "p", "vs self_refine", "p", "mended", "broken", "refined",
-            "same answer", "unparsed", "cut off", "failed", "tokens"]
-    rows = []
-    for row in results["rows"]:
-        versus = [art.show(compared and compared[key], form) for compared in (row["vs_initial"], row["vs_self_refine"])
-                  for key, form in (("delta", "+.1%"), ("p", ".2g"))]
-        flips = [art.show(row["flips"] and row["flips"][key], "d") for key in ("wrong_right", "right_wrong")]
-        counts = [art.show(row[key], "d") for key in ("unparsed", "cut_off", "failed")]
-        tokens = sum(c["prompt_tokens"] + c["tokens"] for c in row["cost"].values())
-        if row["row"] == "oracle_gate":
-            rows.append(["*upper bounds, which look at the gold answer:*"])
-        rows.append([row["row"], ACCURACY.format(row["accuracy"], *row["ci95"]), *versus, *flips,
-                     f"{row['refined_share']:.0%}", art.show(row["same_answer"], ".0%"), *counts, f"{tokens:.0f}"])
-    rows += [[row, f"not available: {reason}"] for row, reason in results["not_available"].items()]
-    lines = [markdown(head, rows), "", f"{results['n']} questions, seed {results['seed']}, thresholds set on "
-             f"{results['n_dev']} others (dev). Mended and broken: wrong drafts made right, right drafts made wrong. "
-             "Unparsed, cut off and failed answers count as wrong. Tokens: read and written by all models, a question."]
-    if results["decision"]:
-        lines.append("Decision to refine, AUC: " + ", ".join(
-            f"{name} {art.show(value['auc'], '.3f')}" for name, value in results["decision"].items()) + ".")
-    by_name = {row["row"]: row for row in results["rows"]}
-    for name, curve in results["curves"].items():
-        points = ", ".join(f"{point['accuracy']:.1%} (k = {point['k']})" for point in curve)
-        share = ""
-        if "art" in by_name:
-            price, budget = (total(by_name[row]["cost"], unit_of(results["models"])) for row in (name, "art"))
-            share = f", {price / budget:.0%} of what art costs" if budget else ""
-        lines.append(f"{name}: {points}; in the table k = {by_name[name]['settings']['k']}{share}.")
+    """results.json as a Markdown table of six columns, rows in groups."""
+    made = {row["row"]: row for row in results["rows"]}
+    lines = ["| row | right (95%) | against the draft (95%) | mended | broken | tokens |", "| --- " * 6 + "|"]
+    for group, names in GROUPS.items():
+        if names := [name for name in names if name in made]:
+            lines.append(f"| *{group}* | | | | | |")
+        for row in (made[name] for name in names):
+            share = "{:.1%} ({:.1%} to {:.1%})".format(row["accuracy"], *row["ci95"])
+            share += f", n = {row['n']}" * (row["n"] != results["n"])
+            versus = row.get("vs_initial")
+            delta = "{:+.1%} ({:+.1%} to {:+.1%})".format(versus["delta"], *versus["ci95"]) if versus else "-"
+            lines.append(f"| {row['row']} | {share} | {delta} | {art.show(row.get('mended'), 'd')} | "
+                         f"{art.show(row.get('broken'), 'd')} | {row['tokens']:,.0f} |")
     return "\n".join(lines) + "\n"
 
 
-def paper(results):
-    """Ours beside the paper's figures for the task, as a Markdown table; empty where the paper has no such task."""
-    figures = [f for f in art.read_jsonl(art.ROOT / "docs/paper.jsonl") if f["task"] == results["task"]]
-    made, rows = {row["row"]: row for row in results["rows"]}, []
-    for figure in figures:
-        ours = made.get(figure["row"], {}).get(figure["ours"])  # the same thing as the paper's, or nothing
-        shown = art.show(ours["delta"], "+.1%") if isinstance(ours, dict) else art.show(ours)
-        rows.append([figure["row"], figure["llm"], figure["figure"], shown, figure["status"], figure["source"]])
-    text = markdown(["row", "the paper's LLM", "paper", "ours", "status", "source"], rows)
-    return f"\nThe paper's figures beside ours ({results['models']['llm']['model']}):\n\n{text}\n" if rows else ""
+def sentences(results):
+    """What the table says, a line each."""
+    made = {row["row"]: row for row in results["rows"]}
+    n = results["n"]
+    lines = [f"{n:,} test questions; thresholds set on {results['n_dev']:,} others (dev). Mended, broken: wrong drafts "
+             "made right, right drafts made wrong. Tokens: read and written by all models, a question."]
+    if "art" in made and "self_refine" in made:
+        a, b = made["art"]["vs_initial"], made["art"]["vs_self_refine"]
+        lines.append(f"ART gains {a['delta']:+.1%} over the draft (p = {a['p']:.2g}) and {b['delta']:+.1%} over "
+                     f"self-refinement (p = {b['p']:.2g}); it refines {made['art']['refined']:.0%} of the drafts.")
+    if "oracle_gate" in made and "art" in made:
+        lines.append(f"A perfect decision would end at {made['oracle_gate']['accuracy']:.1%}, a perfect choice at "
+                     f"{made['oracle_choice']['accuracy']:.1%}." if "oracle_choice" in made else "")
+    if results["auc"]:
+        areas = ", ".join(f"{name} {art.show(value, '.3f')}" for name, value in results["auc"].items())
+        lines.append(f"AUC of the decision (0.5 is a coin): {areas}.")
+    if rates := results.get("rates"):
+        dev, test = rates["dev"], rates["test"]
+        lines.append(f"Refining pays if mending/breaking exceeds right/wrong drafts (arXiv 2604.22273): dev "
+                     f"{dev['mending']:.0%}/{dev['breaking']:.0%} against {dev['odds']:.2f} predicts "
+                     f"{'a gain' if dev['pays'] else 'a loss'} of refine_always; test {test['mending']:.0%}/"
+                     f"{test['breaking']:.0%} against {test['odds']:.2f}: {'a gain' if test['pays'] else 'a loss'}.")
+    for kind in ("unparsed", "cut_off", "failed"):
+        if any(row.get(kind) for row in results["rows"]):
+            counted = ", ".join(f"{row['row']} {row[kind]}" for row in results["rows"] if row.get(kind))
+            lines.append(f"{kind.replace('_', ' ').capitalize()}, and so wrong: {counted}.")
+            if kind == "cut_off" and made.get("initial", {}).get(kind, 0) > 0.02 * n:
+                lines.append("More than 2% of the drafts were cut off: raise --max-new-tokens.")
+    for row in results["rows"]:
+        if "curve" in row:
+            points = ", ".join(f"{point['accuracy']:.1%}" for point in row["curve"])
+            lines.append(f"{row['row']} with 1 to {row['k']} samples: {points}.")
+    if len(results["machines"]) > 1:
+        lines.append(f"Answers of different machines are mixed here: {', '.join(results['machines'])}.")
+    lines += [f"Left out: {row}; {why}." for row, why in results["lacking"].items()]
+    return "\n".join(filter(None, lines)) + "\n"
 
 
-def picture(results, path):
-    """Accuracy of the rows, against the Asker's threshold and against cost; left out where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("results.png is left out: it needs matplotlib")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    rows = {row["row"]: row for row in results["rows"]}
-    middle = np.array([row["accuracy"] for row in rows.values()])
-    ends = np.abs(np.array([row["ci95"] for row in rows.values()]).T - middle)
-    colours = ["0.7" if row.startswith("oracle") else "C1" if row == "art" else "C0" for row in rows]
-    figure, (bars, gate, costs) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    bars.barh(list(rows), 100 * middle, xerr=100 * ends, color=colours, capsize=2)
-    bars.invert_yaxis()
-    bars.set_xlabel(f"accuracy in % ({results['task']}, {results['n']} questions, 95% intervals; grey: upper bounds)")
-    for name, points in results["sweeps"].items():
-        thresholds = [point["threshold"] for point in points]
-        line, = gate.plot(thresholds, [100 * point["accuracy"] for point in points], label=f"{name}: accuracy")
-        gate.plot(rows[name]["settings"]["threshold"], 100 * rows[name]["accuracy"], "o", color=line.get_color())
-    if results["sweeps"]:  # the same for all of them: the Asker decides
-        gate.plot(thresholds, [100 * point["refined_share"] for point in points], "--", color="0.6",
-                  label="share refined")
-    gate.set(xlabel="threshold on p_refine (dot: the one from dev)", ylabel="%")
-    costs.set_prop_cycle(color=pyplot.cm.tab20.colors)
-    for name, points in results["curves"].items():
-        costs.plot([total_cost(name, results, point["cost"]) for point in points],
-                   [100 * point["accuracy"] for point in points], ".-", label=f"{name}, k = 1 to {points[-1]['k']}")
-    for (name, row), around in zip(rows.items(), ends.T):
-        if row["flips"] and name not in results["curves"] and not name.startswith("oracle"):
-            costs.errorbar(total_cost(name, results, row["cost"]), 100 * row["accuracy"], 100 * around[:, None],
-                          fmt="o", capsize=2, label=name)
-    unit = unit_of(results["models"])
-    if COMPUTED in results["training"] and unit == "flops":
-        costs.axvline(results["training"][COMPUTED]["flops"], color="0.6", linestyle="--", label=COMPUTED)
-    costs.set(xscale="log", xlabel=f"{'floating-point operations' if unit == 'flops' else unit}: training and all test "
-             "questions", ylabel="accuracy in %")
-    for axes in (gate, costs):
-        if axes.get_legend_handles_labels()[0]:  # not all rows may have been asked for
-            axes.legend(fontsize="x-small")
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=120, format="png")
-    part.replace(path)
-    pyplot.close(figure)
+def kinds_table(said, right):
+    """Share and accuracies by kind of question, where the task tells the kinds; "" otherwise."""
+    kinds = [record.get("kind") for record in said.records[said.test]]
+    if None in kinds or "art" not in right or "refine_always" not in right:
+        return ""
+    lines = ["| kind of question | share | draft | refined | ART |", "| --- " * 5 + "|"]
+    for kind in sorted(set(kinds)):
+        of = np.array([one == kind for one in kinds])
+        cells = [f"{right[row][of].mean():.0%}" for row in ("initial", "refine_always", "art")]
+        lines.append(f"| {kind} | {of.mean():.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n"
 
 
-def flips(task, records, take):
-    """Text of the questions on which `art` changed a draft's verdict, mended first: the best reading of a run."""
-    parts = {"mended": [], "broken": []}
-    for record, taken in zip(records, take):
-        before, after = record["candidates"]["initial"], record["candidates"]["refined" if taken else "initial"]
-        right = [art.verdict(task, c, record["answer"]) for c in (before, after)]
-        if right[0] != right[1]:
-            asker, scores = record["ask"]["asker"], record["trust"]["truster"]
-            parts["mended" if right[1] else "broken"].append("\n".join([
-                record["id"], record["question"], "-- draft", before["text"],
-                f"-- sub-questions (p_refine {asker['p_refine']:.2f})", *asker["subquestions"],
-                f"-- refined (Truster: {scores['initial']:.2f} -> {scores['refined']:.2f})", after["text"],
-                f"-- gold {record['answer']}"]))
-    return art.visible("".join(f"==== {name}: {len(items)}\n\n" + "".join(item + "\n\n" for item in items)
-                               for name, items in parts.items()))
+def rates(said, part):
+    """Mending and breaking rate of refining every draft, and whether it pays."""
+    initial, better = said.right("draft")[part], said.right("refined")[part]
+    if initial.all() or not initial.any():
+        return None
+    mending, breaking = (float(x) for x in (better[~initial].mean(), (~better)[initial].mean()))
+    odds = float(initial.mean() / (1 - initial.mean()))
+    return {"mending": mending, "breaking": breaking, "odds": odds, "pays": mending > breaking * odds}
 
 
-def read_runs(args, names):
-    """results.json of finished runs, given as --run names or as folders."""
+def flips(said, take, right, each=10):
+    """The questions on which `art` changed the verdict of a draft, broken ones first: the best reading of a run."""
+    parts = {"broken": [], "mended": []}
+    columns = [said[name][said.test] for name in ("draft", "ask", "refined", "trust")]
+    initial = said.right("draft")[said.test]
+    for record, old, asked, new, score, was, now in zip(said.records[said.test], *columns, initial, right):
+        if was != now:
+            parts["mended" if now else "broken"].append("\n".join([
+                record["id"], record["question"], "-- draft", old["text"],
+                f"-- sub-questions (p_refine {asked['p_refine']:.2f})", *asked["subquestions"],
+                f"-- refined (Truster: {score['draft']:.2f} -> {score['refined']:.2f})", new["text"],
+                f"-- gold {record['answer']}", "", ""]))
+    return art.visible("".join(f"==== {name}: {len(found)}, the first {min(each, len(found))}\n\n"
+                               + "".join(found[:each]) for name, found in parts.items()))
+
+
+def as_records(said, right):
+    """The records of test, enriched by what each stage said and by which row was right."""
+    made = []
+    for i, record in enumerate(said.records[said.test], said.dev.stop):
+        row = {**record, "candidates": {}, "ask": {}, "trust": {}}
+        for name, (_, _, _, (part, key)) in STAGES.items():
+            if name in said.said:
+                drop = ("settings", "prompt", "call", "number", "on", "seconds")
+                row[part][key] = {k: v for k, v in said[name][i].items() if k not in drop}
+        row["right"] = {name: bool(column[i - said.dev.stop]) for name, column in right.items()
+                        if name != "random_gate" and i - said.dev.stop < len(column)}
+        made.append(row)
+    return made
+
+
+def compare_runs(args):
+    """Finished runs (names or folders): every row side by side, and the paired difference of --row in the first two."""
     runs = []
-    for name in names:
+    for name in args.compare:
         path = next((p for p in (args.runs / args.task / name, Path(name)) if (p / "results.json").is_file()), None)
-        if not path:
-            raise art.UserError(f"no results.json of {name}: make it with: python evaluate.py --run {name}")
-        runs.append(json.loads((path / "results.json").read_text()))
-        same = {key: runs[0][key] for key in ("task", "n", "data_sha256")}
-        art.require_same(runs[-1], same, path, "give runs on the same questions")
-    return runs
+        if path is None:
+            raise art.UserError(f"no results.json of {name}: make it with: python evaluate.py --task {args.task} "
+                                f"--run {name}")
+        runs.append({row["row"]: row for row in json.loads((path / "results.json").read_text("utf-8"))["rows"]}
+                    | {"": art.load_run(path)})
+    lines = [f"| row | {' | '.join(args.compare)} | mean | range |", "| --- " * (3 + len(runs)) + "|"]
+    for row in [row for row in ROWS if all(row in run for run in runs)]:
+        shares = [run[row]["accuracy"] for run in runs]
+        cells = [f"{share:.1%}" for share in [*shares, np.mean(shares)]]
+        lines.append(f"| {row} | {' | '.join(cells)} | {min(shares):.1%} to {max(shares):.1%} |")
+    print("\n".join(lines))
+    first, second = runs[0][""], runs[1][""] if len(runs) > 1 else runs[0][""]
+    if list(first["id"]) != list(second["id"]):
+        raise art.UserError("the runs are not on the same test questions: a paired difference needs that")
+    if len(runs) > 1:
+        name = f"right.{args.row}"
+        if name not in first or name not in second:
+            raise art.UserError(f"row {args.row} is not in both runs: add it with evaluate.py --rows {args.row}")
+        made = compare(second[name].astype(bool), first[name].astype(bool), args.seed)
+        print("\n{}, {} against {}: {:+.1%} ({:+.1%} to {:+.1%}), exact McNemar p = {:.3g}, n = {:,}".format(
+            args.row, args.compare[1], args.compare[0], made["delta"], *made["ci95"], made["p"], len(first["id"])))
 
 
-def summary(names, runs):
-    """Several runs side by side as a Markdown table: mean accuracy, its range, and each run's difference and p."""
-    head = ["row", "mean accuracy", "lowest to highest", "vs initial (p of each run)", "vs self_refine (p of each)"]
-    lines = []
-    tables = [{row["row"]: row for row in run["rows"]} for run in runs]
-    for name in [name for name in tables[0] if all(name in table for table in tables)]:
-        rows = [table[name] for table in tables]
-        accuracy = [row["accuracy"] for row in rows]
-        versus = [f"{np.mean([row[key]['delta'] for row in rows]):+.1%} "
-                  f"({', '.join(format(row[key]['p'], '.2g') for row in rows)})"
-                  if all(row[key] for row in rows) else "-" for key in ("vs_initial", "vs_self_refine")]
-        lines.append([name, f"{np.mean(accuracy):.1%}", f"{min(accuracy):.1%} to {max(accuracy):.1%}", *versus])
-    areas = [f"{gate} {', '.join(art.show(run['decision'][gate]['auc'], '.3f') for run in runs)}"
-             for gate in runs[0]["decision"] if all(gate in run["decision"] for run in runs)]
-    return (f"{markdown(head, lines)}\n\n{len(runs)} runs ({', '.join(names)}), the same {runs[0]['n']} questions in "
-            f"each. Decision to refine, AUC of each run: {'; '.join(areas)}.")
-
-
-def grid(names, runs):
-    """The paper's grid over several runs: strategy x sub-questions x who asks x who trusts, as a Markdown table."""
-    lines = []
-    for name, run in zip(names, runs):
-        for row in run["rows"]:
-            how = row["settings"]
-            if row["row"] in ("initial", "refine_always") or how["ask"] in ("self", "asker"):
-                cells = [how[key] or "-" for key in ("strategy", "subquestions", "ask", "trust")]
-                lines.append([name, *cells, ACCURACY.format(row["accuracy"], *row["ci95"])])
-    return markdown(["run", "strategy", "sub-questions", "who asks", "who trusts", "accuracy (95%)"], lines)
-
-
-def choose_rows(args):
-    """(the rows asked for, {row: why it cannot be had}). By default all rows whose models are trained."""
-    folder = art.Shelf(args).folder
-    named = args.rows not in (None, "all")
-    names = args.rows.split(",") if named else list(ROWS)
-    if unknown := set(names) - set(ROWS):
+def parse_args():
+    parser = art.make_parser(__doc__)
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--rows", help=f"comma-separated, of {', '.join(ROWS)}, or all (default {', '.join(DEFAULT_ROWS)})")
+    add("--compare", nargs="+", metavar="RUN", help="only compare finished runs, by name or folder")
+    add("--row", default="art", choices=ROWS, help="the row that --compare compares question by question (default art)")
+    add("--threshold", type=float, help="decide by this threshold on p_refine, in the place of the one set on dev")
+    add("--asker-from", metavar="RUN", help="take Asker and finetuned of this run (of another task: ../TASK/RUN)")
+    add("--truster-from", metavar="RUN", help="take the Truster of this run")
+    add("--vote-k", type=art.positive, metavar="K", help="samples of a test question (default: what costs as much as "
+                                                         f"art, {MAX_K} at most)")
+    add("--vote-limit", type=art.positive, metavar="N", help="the rows that vote on the first N test questions alone")
+    args = art.parse(parser)
+    names = ROWS if args.rows == "all" else args.rows.split(",") if args.rows else DEFAULT_ROWS
+    if unknown := set(names) - ROWS.keys():
         raise art.UserError(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}, all")
-    if args.rows == "all" and not args.adapters and not (folder / "end_to_end/args.json").is_file():
-        train_end_to_end(args, folder)
-    flags = {"finetuned": "--task-epochs 1 --run ANOTHER", "end_to_end": "--end-to-end"}
-    lacking = {} if named else {name: f"`python train_asker.py {flags[name]}` makes it" for name in flags
-                                if not (folder / name / "args.json").is_file()}
-    return [row for row in ROWS if row in names and row not in lacking], lacking
+    return args, list(names)
 
 
-def train_end_to_end(args, folder):
-    """Train what the row end_to_end needs as the Asker of the run was trained."""
-    about = art.read_about(folder / "asker", "train_asker.py")
-    keys = ("limit", "seed", "bits", "lr", "rank", "batch_size", "accumulate", "max_length", "task_epochs", "epochs",
-            "subquestions")
-    flags = {**{key: getattr(args, key) for key in ("task", "preset", "run", "runs", "data")},
-             **{key: about[key] for key in keys}, "asker_model": about["model"]}
-    words = [word for key, value in flags.items() if value is not None
-             for word in (f"--{key.replace('_', '-')}", str(value))]
-    if subprocess.run([sys.executable, str(art.ROOT / "train_asker.py"), "--end-to-end", *words]).returncode:
-        raise art.UserError("end_to_end could not be trained (see above): give --rows without it")
+def refuse_leaks(run, test):
+    """Adapters that were trained on questions of test would make the table worthless."""
+    for name in ("asker", "truster"):
+        path = run.adapter(name).parent / "questions.txt"
+        seen = set(path.read_text("utf-8").split()) if path.is_file() else set()
+        if leaked := [record["id"] for record in test if art.question_hash(record) in seen]:
+            raise art.UserError(f"{run.adapter(name)} was trained on {len(leaked)} of the test questions, as "
+                                f"{leaked[0]}: train an adapter on other questions")
 
 
 def main():
-    parser = art.make_parser(llm=True, doc=__doc__)
-    add = parser.add_argument
-    add("--rows", help=f"comma-separated, of {', '.join(ROWS)}; all: trains what end_to_end needs, too (those whose "
-                       "models are trained)")
-    add("--adapters", type=Path, metavar="FOLDER",
-        help="take Asker, Truster and finetuned from this run, also of another task (the run itself)")
-    add("--summary", nargs="+", metavar="RUN", help="only print these finished runs side by side")
-    add("--grid", nargs="+", metavar="RUN", help="only print the paper's grid over these finished runs or run folders")
-    add("--gpu-hour-price", type=float, help="what an hour of this machine costs; adds the money to costs.md (none)")
-    args, began = art.parse(parser, "evaluate"), time.time()
-    for names, show in ((args.summary, summary), (args.grid, grid)):
-        if names:
-            print(show(names, read_runs(args, names)))
-            return
-    folder = args.runs / args.task / args.run
+    args, wanted = parse_args()
+    if args.compare:
+        return compare_runs(args)
+    run = art.Run(args)
     dev, test = (art.load_task(args.task, split, args.limit, args.data) for split in ("dev", "test"))
-    rows, lacking = choose_rows(args)
-    with art.lock(folder):
-        used, made_by = run_stages(args, rows, dev, test)
-        models = {name: {"model": model, "parameters": None if name == "llm" and args.base_url else
-                         art.parameters(model)} for name, model in used.items()}
-        if "logprob_choice" in rows and not has_logprobs(dev + test):
-            rows.remove("logprob_choice")
-            lacking["logprob_choice"] = "the server gives no log-probabilities"
-        made, takes, curves, sweeps = make_rows(args, rows, dev, test, models)
-        wrong = ~verdicts(args.task, test, "initial")
-        results = {
-            "task": args.task, "models": models, "n": len(test), "n_dev": len(dev), "seed": args.seed,
-            **art.provenance(),
-            "data_sha256": art.data_hash(args.task, ["train", "dev", "test"], args.data),
-            "made_by": made_by, "seconds": round(time.time() - began, 1), "peak_memory": art.peak_memory(),
-            "training": training_costs(args, models),
-            "decision": {name: {"auc": art.auc([r["ask"][name]["p_refine"] for r in test], wrong)}
-                         for name in test[0].get("ask", ())},
-            "rows": list(made.values()), "not_available": lacking, "curves": curves, "sweeps": sweeps}
-        path = folder / "results.json"
-        before = json.loads(path.read_text()) if path.is_file() else {}
-        if all(before.get(key) == results[key] for key in ("made_by", "models", "n", "n_dev", "data_sha256", "rows")):
-            results |= {key: before[key] for key in ("commit", "versions", "seconds", "peak_memory") if key in before}
-        if "art" in takes:
-            for record, taken in zip(test, takes["art"]):
-                record["final"] = record["candidates"]["refined" if taken else "initial"]["answer"]
-            art.write_text(folder / "flips.txt", flips(args.task, test, takes["art"]))
-        else:
-            (folder / "flips.txt").unlink(missing_ok=True)  # of other rows
-        art.write_jsonl(folder / "records.jsonl", test)
-        art.write_text(folder / "table.md", table(results) + paper(results))
-        art.write_text(folder / "costs.md", cost_table(results, args.gpu_hour_price))
-        picture(results, folder / "results.png")
-        art.write_json(path, results)
-    print("\n".join([table(results) + paper(results), cost_table(results, args.gpu_hour_price)]))
-    written = sorted(path.name for path in folder.glob("[a-z]*.*"))
-    print(f"{folder}: {', '.join(written)} ({results['seconds']:.0f} s)")
+    refuse_leaks(run, test)
+    art.banner(4, 5, f"{len(dev):,} questions of dev and {len(test):,} of test through the steps")
+    path = run.folder / "results.json"
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {"rows": []}
+    said = Evaluation(run, dev, test)
+    made, right, lacking = make_rows(said, wanted, {row["row"] for row in before["rows"]})
+    wrong = ~said.right("draft")[said.test]
+    deciders = {"Asker": "ask", "the LLM itself": "ask_self", "cheap gate": "cheap" if "cheap_gate" in made else ""}
+    results = {
+        "task": args.task, "llm": args.model, "n": len(test), "n_dev": len(dev), "seed": args.seed,
+        "settings": {key: getattr(args, key, None) for key in art.LLM_KEYS},
+        "rows": list(made.values()), "lacking": lacking,
+        "auc": {name: art.auc(said.p_refine(stage)[said.test], wrong) for name, stage in deciders.items()
+                if stage in said.said or stage == "cheap"},
+        "machines": sorted(set().union(*(model.machines for model in run.models.values()))),
+        "training": {name: run.about(name) for name in ("asker", "truster", "finetuned", "end_to_end")
+                     if (run.adapter(name) / "args.json").is_file()},
+        **art.provenance()}
+    if "refined" in said.said and rates(said, said.dev) and rates(said, said.test):
+        results["rates"] = {"dev": rates(said, said.dev), "test": rates(said, said.test)}
+    art.write(run.folder / "records.jsonl", as_records(said, right))
+    if "art" in made:
+        take = said.gate("art", args.threshold)[1][said.test]
+        art.write(run.folder / "flips.txt", flips(said, take, right["art"]))
+    text = table(results) + "\n" + kinds_table(said, right) + sentences(results)
+    art.write(run.folder / "table.md", text)
+    art.write(path, results)
+    art.banner(5, 5, f"who decides, who asks, who chooses\n\n{text}")
+    print(f"Read {run.folder / 'flips.txt'}: what ART broke and mended.\nTry next: python art.py solve --task "
+          f"{args.task} --random; python evaluate.py --task {args.task} --rows all")
+    art.log_start(args, run)
 
 
 if __name__ == "__main__":

@@ -1,107 +1,100 @@
 """Fine-tune the Truster with QLoRA: a right answer to a question shall score above a wrong one (paper, section 3.4).
 
-    python train_truster.py --task toy
+    python train_truster.py
 
-The answers are the samples of `python art.py sample`. Every pair of a right (chosen) and a wrong (rejected) answer to a
-question is used, each answer is scored once. The adapter with its scalar head is written to runs/<task>/<run>/truster.
+The answers are the samples of `python art.py sample`; the LLM is not loaded. Every pair of a right (chosen) and a wrong
+(rejected) answer to a question is used, and each answer is scored once. The adapter with its scalar head is written to
+runs/<task>/<run>/truster, with args.json: what made it, and its figures.
 """
 
 import numpy as np
-import torch
-from torch.nn.functional import logsigmoid
 
 import art
 
-MIN_QUESTIONS = 8  # with both right and wrong samples; below that there is nothing to learn from
-
 
 def contrast(records, samples, tokenizer):
-    """[{"rows": token ids of each different answer, "correct": [bool, ...]}] of questions with right and wrong ones."""
+    """The different answers to each question that has right and wrong ones; "input_ids" is the longest of them."""
     groups = []
     for record in records:
-        answers = art.labels_of(samples.get(record["id"], ()))
+        answers = art.labels_of(samples[record["id"]])
         if 0 < sum(answers.values()) < len(answers):
-            groups.append({"rows": tokenizer([art.trust_prompt(record, text) for text in answers])["input_ids"],
-                           "correct": list(answers.values())})
+            rows = tokenizer([art.trust_prompt(record, text) for text in answers])["input_ids"]
+            groups.append({"rows": rows, "correct": list(answers.values()), "input_ids": max(rows, key=len)})
+    print(f"{len(groups):,} of {len(records):,} questions have both right and wrong samples")
+    if len(groups) < 8:
+        raise art.UserError("the Truster needs 8 of them: draw more with art.py sample --k 8, or use another --model")
     return groups
+
+
+def make_collate(pad):
+    """Put the answers of several questions below each other; `sizes` says how many belong to each question."""
+    def collate(groups):
+        import torch
+        ids, mask = art.pad_left([row for group in groups for row in group["rows"]], pad)
+        return {"input_ids": ids, "attention_mask": mask,
+                "sizes": torch.tensor([len(group["rows"]) for group in groups]),
+                "correct": torch.tensor([label for group in groups for label in group["correct"]])}
+    return collate
 
 
 def pair_losses(scores, correct):
     """-log sigmoid(chosen - rejected) over all pairs of one question; scores (k,), correct (k,) bool.
 
+    >>> import torch
     >>> pair_losses(torch.tensor([0.0, 0.0, 0.0]), torch.tensor([True, False, False]))
     tensor([0.6931, 0.6931])
     """
+    from torch.nn.functional import logsigmoid
     return -logsigmoid(scores[correct][:, None] - scores[~correct][None, :]).flatten()
 
 
-def make_collate(pad):
-    """Put the answers of several questions below each other; `sizes` says how many belong to each question."""
-
-    def collate(groups):
-        ids, mask = art.left_pad([row for group in groups for row in group["rows"]], pad, "cpu")
-        return {"input_ids": ids, "attention_mask": mask,
-                "sizes": torch.tensor([len(group["rows"]) for group in groups]),
-                "correct": torch.tensor([label for group in groups for label in group["correct"]])}
-
-    return collate
+def loss(model, batch):
+    """Sum over the questions of the batch of the mean over a question's pairs."""
+    scores, sizes = art.score_batch(model, batch["input_ids"], batch["attention_mask"]), batch["sizes"].tolist()
+    groups = zip(scores.split(sizes), batch["correct"].split(sizes))
+    return {"pairs": sum(pair_losses(group, correct).mean() for group, correct in groups)}
 
 
-def truster_loss(model, inputs):
-    """Mean over questions of the mean over a question's pairs (paper, section 3.4; the mean in a question is ours)."""
-    scores = art.score_batch(model, inputs["input_ids"], inputs["attention_mask"])
-    sizes = inputs["sizes"].tolist()
-    groups = zip(scores.split(sizes), inputs["correct"].split(sizes))
-    return torch.stack([pair_losses(group, correct).mean() for group, correct in groups]).mean()
-
-
-def dev_figures(truster, dev, samples):
+def dev_figures(run, dev, samples):
     """Share of right/wrong pairs of dev that the Truster orders right."""
-    texts = [{str(row["sample"]): row["text"] for row in samples[record["id"]]} for record in dev]
+    texts = {(record["id"], text): art.trust_prompt(record, text)
+             for record in dev for text in art.labels_of(samples[record["id"]])}
+    rows = run.model("truster", "dev").score(list(texts.values()))
+    scores = {key: row["score"] for key, row in zip(texts, rows)}
     hits = []
-    for batch in truster.score(dev, texts):
-        for index, (scores,) in batch:
-            rows = [row for row in samples[dev[index]["id"]] if not row.get("failed")]
-            hits += [scores[str(a["sample"])] > scores[str(b["sample"])]
-                     for a in rows for b in rows if a["correct"] and not b["correct"]]
-    return {"pairs": len(hits), "pairwise_accuracy": float(np.mean(hits)) if hits else None}
+    for record in dev:
+        labels = art.labels_of(samples[record["id"]])
+        right, wrong = ([scores[record["id"], text] for text, correct in labels.items() if correct is kind]
+                        for kind in (True, False))
+        hits += [a > b for a in right for b in wrong]
+    return {"pairs": len(hits), "right_pairs": float(np.mean(hits)) if hits else None}
 
 
 def main():
-    parser = art.make_parser(training=True, doc=__doc__)
-    parser.add_argument("--truster-model", help="base of the Truster: folder or Hub id (preset)")
-    args = art.parse(parser, "train_truster")
-    train, dev = (art.load_task(args.task, split, args.limit, args.data) for split in ("train", "dev"))
-    samples, samples_hash = art.load_samples(args, train + dev)
-    folder = args.runs / args.task / args.run / "truster"
-    keys = ["bits", "seed", "limit", "lr", "rank", "epochs", "batch_size", "accumulate", "max_length"]
-    about = {**art.fingerprint(args, args.truster_model, keys), "samples_sha256": samples_hash}
-    tokenizer = art.load_tokenizer(args.truster_model)
-    with art.lock(folder):
-        if art.already_trained(folder, about):
-            return
-        groups = contrast(train, samples, tokenizer)
-        print(f"{len(groups)} of {len(train)} questions have both right and wrong samples")
-        if len(groups) < MIN_QUESTIONS:
-            raise art.UserError(f"only {len(groups)} questions have both right and wrong samples, the Truster needs "
-                                f"{MIN_QUESTIONS}: draw more with: python art.py sample --k 8, take more questions, or "
-                                "use another --model with another --runs")
+    args = art.parse(art.make_parser(__doc__, "truster"), training="truster")
+    run, tokenizer = art.Run(args), art.load_tokenizer(args.truster_model)
+    train_set = art.load_task(args.task, "train", args.limit_train or args.limit, args.data)
+    dev, folder = art.load_task(args.task, "dev", args.limit, args.data), run.folder / "truster"
+    samples = art.load_samples(args, train_set + dev)
+    art.banner(3, 5, f"the Truster learns from the samples of {len(train_set):,} questions")
+    groups = contrast(train_set, samples, tokenizer)
+    made_by = {**art.settings_of(args, args.truster_model, run.task), "epochs": args.epochs,
+               "examples": art.short_hash(groups),
+               "code": {f.__name__: art.code_hash(f) for f in (loss, pair_losses, make_collate, art.score_batch)}}
+    if not art.claim_adapter(folder, made_by, args.overwrite):
         groups = art.drop_long(groups, args.max_length)
-        art.show_record({f"example, {'right' if correct else 'wrong'}": tokenizer.decode(row)
-                         for row, correct in zip(groups[0]["rows"], groups[0]["correct"])})
-        model = art.add_lora(art.load_scorer(args.truster_model, args.bits, args.seed), art.TaskType.SEQ_CLS, args.rank)
-        art.check_scorer(model)
-        collate = make_collate(tokenizer.pad_token_id)
-        trained = art.fine_tune(model, groups, collate, truster_loss, args, folder, args.epochs)
-        if art.RANK:
-            return
+        first = groups[0]
+        art.show_record({"a right answer" if correct else "a wrong answer": tokenizer.decode(row)
+                         for row, correct in zip(first["rows"], first["correct"])})
+        model = art.add_lora(art.load_scorer(args.truster_model, args.adapter_bits, args.seed), "SEQ_CLS", args.rank)
+        figures = art.fine_tune(model, groups, make_collate(tokenizer.pad_token_id), loss, args, folder, args.epochs)
+        art.write(folder / "args.json", {**made_by, "model": args.truster_model, **figures})
         del model
-        # what is measured is what a fresh process will load: the adapter on disk, not the one in memory
-        figures = dev_figures(art.Truster(folder, about=about), dev, samples)
-        art.write_about(folder / "args.json", {**about, **trained, "dev": figures})
-    accuracy = art.show(figures["pairwise_accuracy"])
-    print(f"{folder}: gets {accuracy} of {figures['pairs']} right/wrong pairs of dev right"
-          + " (no question of dev has both)" * (not figures["pairs"]))
+    art.write(run.folder / "questions.txt", "".join(art.question_hash(record) + "\n" for record in train_set))
+    figures = dev_figures(run, dev, samples)  # the adapter is loaded from disk, as evaluate.py will
+    art.write(folder / "args.json", {**run.about("truster"), "dev": figures})
+    print(f"{folder}: {art.show(figures['right_pairs'])} of {figures['pairs']:,} right/wrong pairs of dev in order")
+    art.log_start(args, run)
 
 
 if __name__ == "__main__":

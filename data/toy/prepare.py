@@ -136,7 +136,7 @@ def main():
     args, taken = parser.parse_args(), set()
     for name in ("train", "dev", "test"):
         records = make_split(name, getattr(args, name), getattr(args, f"{name}_seed"), taken)
-        art.write_jsonl(args.out / f"{name}.jsonl", records)
+        art.write(args.out / f"{name}.jsonl", records)
         print(f"{args.out / name}.jsonl: {len(records)} questions, no text twice, none in the base model's pretraining")
 
 

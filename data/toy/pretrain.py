@@ -141,7 +141,7 @@ def main():
             entries.append({"step": step + 1, "tokens": (step + 1) * 2048, "loss": round(sum(losses) / len(losses), 4),
                             "seconds": round(time.time() - began)})
             losses = []
-            art.write_jsonl(args.out / "loss.jsonl", entries)
+            art.write(args.out / "loss.jsonl", entries)
             print(entries[-1], flush=True)
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
