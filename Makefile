@@ -13,6 +13,7 @@ demo: .venv/installed
 	$(BIN)/python train_asker.py
 	$(BIN)/python train_truster.py
 	$(BIN)/python evaluate.py
+	$(BIN)/python docs/plot.py runs/toy/default
 
 # seed 0 is the run of the demo; what is there already is not made again
 seeds: demo
@@ -21,7 +22,7 @@ seeds: demo
 	  $(BIN)/python train_truster.py --run seed$$seed --seed $$seed && \
 	  $(BIN)/python evaluate.py --run seed$$seed --seed $$seed || exit 1; \
 	done
-	$(BIN)/python evaluate.py --summary default seed1 seed2
+	$(BIN)/python evaluate.py --compare default seed1 seed2
 
 test: .venv/installed
 	$(BIN)/ruff check .

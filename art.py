@@ -698,12 +698,6 @@ class Run:
         return model
 
 
-def label_samples(args, records, rows):
-    """Samples with their verdicts."""
-    return [[{**one, "correct": verdict(args.task, one, record["answer"])} for one in several]
-            for record, several in zip(records, rows)]
-
-
 def sample(args):
     """k samples of every question of train and dev, and the drafts of dev: what Asker and Truster learn from."""
     run = Run(args)
@@ -711,7 +705,9 @@ def sample(args):
     dev = load_task(args.task, "dev", args.limit, args.data)
     banner(1, 5, f"the LLM answers {len(train) + len(dev):,} questions {args.k} times")
     samples = sample_answers(run.model("llm", "samples"), args, train + dev, args.k, args.temperature)
-    samples = label_samples(args, train + dev, samples)
+    for record, several in zip(train + dev, samples):
+        for one in several:
+            one["correct"] = verdict(args.task, one, record["answer"])
     drafts = predict(run.model("llm", "drafts of dev"), args, dev, args.draft_temperature)
     rows = [{"id": record["id"], "samples": several} for record, several in zip(train + dev, samples)]
     for row, draft in zip(rows[len(train):], drafts):
@@ -777,19 +773,10 @@ def show(value, form=".1%"):
     return "-" if value is None else format(value, form)
 
 
-def visible(text):
-    r"""Text whose control characters can be seen, so that they cannot steer a terminal.
-
-    >>> print(visible("\x1b[2Jwiped"))
-    \x1b[2Jwiped
-    """
-    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def show_record(parts):
     """Print named texts, {name: text}."""
     for name, text in parts.items():
-        print(f"  {name}: " + visible(str(text)).replace("\n", "\n" + " " * (len(name) + 4)))
+        print(f"  {name}: " + str(text).replace("\n", "\n" + " " * (len(name) + 4)))
 
 
 def log_start(args, run):
@@ -838,7 +825,7 @@ def run(main):
 
 def fail(text, code=2):
     """End with one line."""
-    print(visible(f"\nerror: {text}"), file=sys.stderr)
+    print(f"\nerror: {text}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -1285,19 +1272,16 @@ class Local:
             row["logprob"] += logprob
             row["stopped"] = token in self.ends
         if stop:
-            for row, tail in zip(rows, self.text([row["ids"][-32:] for row in rows])):
+            tails = self.tokenizer.decode([row["ids"][-32:] for row in rows], skip_special_tokens=True)
+            for row, tail in zip(rows, tails):
                 row["stopped"] |= bool(re.search(stop, tail))
-
-    def text(self, ids):
-        """Text of token ids, or a list of texts of a list of them."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def text_row(self, row, stop):
         """A finished row as it is kept."""
         if row["failed"]:
             print(f"{self.name} gave numbers that are not finite: an answer counts as failed", file=sys.stderr)
             return failed_row(row["prompt_tokens"])
-        text = self.text(row["ids"])
+        text = self.tokenizer.decode(row["ids"], skip_special_tokens=True)
         match = re.search(stop, text) if stop else None
         return {"text": text[: match.end() if match else None].strip(), "stopped": row["stopped"],
                 "tokens": len(row["ids"]), "prompt_tokens": row["prompt_tokens"], "logprob": row["logprob"]}
@@ -1494,63 +1478,69 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
     """
     import peft
     import safetensors.torch
+    steps = math.ceil(epochs * math.ceil(len(examples) / (args.batch_size * args.accumulate)))
+    random.Random(args.seed).shuffle(examples)  # the Trainer's sampler has a seed of its own, the same for all runs
+    trainer = make_trainer(model, examples, collate, loss, args, folder / "checkpoints", steps)
+    last = last_checkpoint(folder / "checkpoints")
+    trainer.reported = last[0] if last else 0
+    if last and last[0] >= steps:  # stopped behind the last step: the Trainer would take another
+        peft.set_peft_model_state_dict(model, safetensors.torch.load_file(last[1] / "adapter_model.safetensors"))
+    else:
+        trainer.train(resume_from_checkpoint=last and str(last[1]))
+        trainer.report()
+    model.save_pretrained(folder)
+    seconds = [row["train_runtime"] for row in trainer.state.log_history if "train_runtime" in row]
+    return {"steps": steps, "examples": len(examples), "tokens": trainer.state.num_input_tokens_seen,
+            "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+            "curve": trainer.curve, "seconds": sum(seconds), "resumed_at": last[0] if last else 0,
+            "peak_memory": peak_memory()}
+
+
+def make_trainer(model, examples, collate, loss, args, folder, steps):
+    """transformers.Trainer with a loss of named parts, which it prints; it stops where one of them is not finite."""
     import torch
     import transformers
-    per_step = args.batch_size * args.accumulate
-    steps = math.ceil(epochs * math.ceil(len(examples) / per_step))
-    random.Random(args.seed).shuffle(examples)  # the Trainer's sampler has a seed of its own, the same for all runs
+    cuda, dtype = torch.cuda.is_available(), compute_dtype(args.adapter_bits)
+    settings = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=steps, learning_rate=args.lr, lr_scheduler_type="cosine", warmup_steps=0.05,
+        per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulate, optim="adamw_torch",
+        train_sampling_strategy="batch_rebalance", seed=args.seed, use_cpu=not cuda, report_to=args.report_to,
+        bf16=cuda and dtype == torch.bfloat16, fp16=cuda and dtype == torch.float16, save_steps=args.save_steps,
+        save_total_limit=1, logging_steps=math.gcd(10, args.save_steps), logging_nan_inf_filter=False,
+        disable_tqdm=True, remove_unused_columns=False, include_num_input_tokens_seen="non_padding")
+    settings._n_gpu = min(settings.n_gpu, 1)  # DataParallel knows no 4-bit weights
 
     class Trainer(transformers.Trainer):
-        loss_is_scaled_for_ga = True
-        parts = {}
+        loss_is_scaled_for_ga = True  # batches of a step differ in size: divided by the examples of a step
+        parts, curve, reported = {}, [], 0
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            per_step = args.batch_size * args.accumulate
             parts = {name: value / per_step for name, value in loss(model, inputs).items()}
             for name, value in parts.items():
                 self.parts[name] = self.parts.get(name, 0.0) + value.detach()
             return sum(parts.values())
 
-    class Watch(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_log |= control.should_save or state.global_step == state.max_steps  # look before it is kept
+        def log(self, logs, *rest):
+            if "loss" in logs:
+                self.report()  # a checkpoint is written behind this
+            super().log(logs, *rest)
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" not in logs:
-                return
-            done = state.global_step - self.last
-            means = {name: float(value) / done for name, value in trainer.parts.items() if value}
-            self.last, trainer.parts = state.global_step, {}
+        def report(self):
+            step, since, self.reported = self.state.global_step, self.reported, self.state.global_step
+            means = {name: float(value) / (step - since) for name, value in self.parts.items() if value}
+            self.parts = {}
             if not all(map(math.isfinite, means.values())):
-                raise UserError(f"the loss is not finite at step {state.global_step}: lower --lr, or give "
-                                "--adapter-bits 32; the last checkpoint is kept")
-            said = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            print(f"step {state.global_step}/{state.max_steps}  {said} (0.69 is a coin)", flush=True)
-            curve.append({"step": state.global_step, **{name: round(value, 4) for name, value in means.items()}})
+                raise UserError(f"the loss is not finite at step {step}: lower --lr, or give --adapter-bits 32; the "
+                                "last checkpoint is kept")
+            if means:
+                said = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+                print(f"step {step}/{steps}  {said} (0.69 is a coin)", flush=True)
+                self.curve.append({"step": step, **means})
 
-    cuda, dtype, curve = torch.cuda.is_available(), compute_dtype(args.adapter_bits), []
-    settings = transformers.TrainingArguments(
-        output_dir=str(folder / "checkpoints"), max_steps=steps, learning_rate=args.lr, lr_scheduler_type="cosine",
-        warmup_steps=0.05, per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulate,
-        train_sampling_strategy="batch_rebalance", optim="adamw_torch", seed=args.seed, bf16=cuda and dtype ==
-        torch.bfloat16, fp16=cuda and dtype == torch.float16, use_cpu=not cuda, logging_steps=10, disable_tqdm=True,
-        logging_nan_inf_filter=False, save_steps=args.save_steps, save_total_limit=1, report_to=args.report_to,
-        remove_unused_columns=False, include_num_input_tokens_seen="non_padding")
-    settings._n_gpu = min(settings.n_gpu, 1)  # DataParallel knows no 4-bit weights
-    watch = Watch()
-    trainer = Trainer(model, settings, collate, examples, callbacks=[watch])
+    trainer = Trainer(model, settings, collate, examples)
     trainer.remove_callback(transformers.PrinterCallback)
-    last = last_checkpoint(folder / "checkpoints")
-    watch.last = last[0] if last else 0
-    if last and last[0] >= steps:  # stopped behind the last step: the Trainer would take another
-        peft.set_peft_model_state_dict(model, safetensors.torch.load_file(last[1] / "adapter_model.safetensors"))
-    else:
-        trainer.train(resume_from_checkpoint=last and str(last[1]))
-    model.save_pretrained(folder)
-    log = trainer.state.log_history
-    return {"steps": steps, "examples": len(examples), "tokens": trainer.state.num_input_tokens_seen, "curve": curve,
-            "trainable": sum(w.numel() for w in model.parameters() if w.requires_grad),
-            "seconds": next((row["train_runtime"] for row in log if "train_runtime" in row), 0.0),
-            "resumed_at": last[0] if last else 0, "peak_memory": peak_memory()}
+    return trainer
 
 
 def last_checkpoint(folder):

@@ -277,44 +277,49 @@ def counts(said, answers, right, initial):
 
 
 def vote_row(said, row, budget):
-    """A row that chooses among the first k samples, with the k that costs what `art` costs; on --vote-limit questions.
+    """A row that chooses among the first k samples, with the first k that costs what `art` costs (MAX_K at most).
 
-    Drawn are as many samples as that cost needs by the drafts' tokens, so that no more is asked than stands.
+    On --vote-limit questions. As many samples are drawn as that cost needs by the tokens of the drafts.
     """
     args, records = said.args, said.records[said.test][: said.args.vote_limit]
     draft = np.mean([one["tokens"] for one in said["draft"][said.test][: len(records)]])
-    k = args.vote_k or (MAX_K if budget == math.inf else min(MAX_K, max(2, math.ceil(budget / draft))))
-    rows = art.sample_answers(said.run.model("llm", "samples of test"), args, records, k, args.temperature)
-    scores = None
-    if row != "majority":
-        prompts = [art.trust_prompt(record, one["text"]) for record, several in zip(records, rows) for one in several]
-        scored = said.run.model("truster", "trust samples").score(prompts)
-        scores = [scored[i : i + k] for i in range(0, len(scored), k)]
-    curve = []
-    for k in range(1, k + 1):
-        chosen = [pick(row, several[:k], scores and scores[i][:k]) for i, several in enumerate(rows)]
+    most = args.vote_k or (MAX_K if budget == math.inf else min(MAX_K, max(2, math.ceil(budget / draft))))
+    samples = art.sample_answers(said.run.model("llm", "samples of test"), args, records, most, args.temperature)
+    scores = score_samples(said, records, samples) if row != "majority" else [None] * len(records)
+    initial, curve = said.right("draft")[said.test][: len(records)], []
+    while not curve or curve[-1]["k"] < most and curve[-1]["tokens"] < budget:
+        k = len(curve) + 1
+        chosen = [pick(row, several[:k], several_scores) for several, several_scores in zip(samples, scores)]
         right = np.array([art.verdict(args.task, one, record["answer"]) for one, record in zip(chosen, records)])
-        read = [several[0]["prompt_tokens"] + sum(one["tokens"] for one in several[:k]) + sum(
-            score["prompt_tokens"] for score in (scores[i][:k] if scores else ())) for i, several in enumerate(rows)]
-        curve.append({"k": k, "accuracy": float(right.mean()), "tokens": float(np.mean(read))})
-        if curve[-1]["tokens"] >= budget:
-            break
-    initial = said.right("draft")[said.test][: len(records)]
+        tokens = [vote_tokens(several[:k], several_scores) for several, several_scores in zip(samples, scores)]
+        curve.append({"k": k, "accuracy": float(right.mean()), "tokens": float(np.mean(tokens))})
     decides, candidate, chooses = ROWS[row]
     made = {"row": row, "decides": decides, "candidate": candidate, "chooses": chooses, "strategy": args.strategy,
             "threshold": None, "refined": None, **counts(said, chosen, right, initial), **curve[-1], "curve": curve}
     return made, right
 
 
+def score_samples(said, records, samples):
+    """The Truster's scores of the samples of each question: lists of rows."""
+    prompts = [art.trust_prompt(record, one["text"]) for record, several in zip(records, samples) for one in several]
+    scored = iter(said.run.model("truster", "trust samples").score(prompts))
+    return [[next(scored) for _ in several] for several in samples]
+
+
+def vote_tokens(samples, scores):
+    """Tokens of some samples of a question, whose prompt is read once, and of their scores."""
+    read = samples[0]["prompt_tokens"] + sum(score["prompt_tokens"] for score in (scores or ())[: len(samples)])
+    return read + sum(one["tokens"] for one in samples)
+
+
 def pick(row, samples, scores):
     """The sample that stands: the Truster's favourite, or the first with the most votes, each of 1 or exp(score)."""
     if row == "best_of_k":
-        return samples[int(np.argmax([score["score"] for score in scores]))]
-    weights = [math.exp(score["score"]) for score in scores] if scores else [1.0] * len(samples)
+        return max(zip(samples, scores), key=lambda pair: pair[1]["score"])[0]
     votes = collections.defaultdict(float)
-    for one, weight in zip(samples, weights):
+    for one, score in zip(samples, scores or [{"score": 0.0}] * len(samples)):
         if one["answer"] is not None and one["stopped"]:
-            votes[one["answer"]] += weight
+            votes[one["answer"]] += math.exp(score["score"])
     best = max(votes, key=votes.get, default=None)
     return next((one for one in samples if one["stopped"] and one["answer"] == best), samples[0])
 
@@ -445,8 +450,8 @@ def flips(said, take, right, each=10):
                 f"-- sub-questions (p_refine {asked['p_refine']:.2f})", *asked["subquestions"],
                 f"-- refined (Truster: {score['draft']:.2f} -> {score['refined']:.2f})", new["text"],
                 f"-- gold {record['answer']}", "", ""]))
-    return art.visible("".join(f"==== {name}: {len(found)}, the first {min(each, len(found))}\n\n"
-                               + "".join(found[:each]) for name, found in parts.items()))
+    return "".join(f"==== {name}: {len(found)}, the first {min(each, len(found))}\n\n" + "".join(found[:each])
+                   for name, found in parts.items())
 
 
 def as_records(said, right):

@@ -1,0 +1,310 @@
+"""Rows, thresholds and statistics counted again the slow way; then the script's flags on the finished toy run."""
+
+import itertools
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import asked_of, refused
+
+import art
+import evaluate
+
+# What each row means: who decides, what stands in the draft's place, who chooses; the stages whose tokens are always
+# spent, and those that only a refined question costs.
+MEANING = {
+    "initial": ("never", "draft", "newest", "draft", ""),
+    "self_refine": ("ask_self", "refined_self", "newest", "draft ask_self", "refined_self"),
+    "refine_always": ("always", "refined", "newest", "draft ask refined", ""),
+    "asker": ("ask", "refined", "newest", "draft ask", "refined"),
+    "art": ("ask", "refined", "trust", "draft ask", "refined trust"),
+    "oracle_gate": ("oracle", "refined", "newest", "draft", "ask refined"),
+    "asker_oracle": ("ask", "refined", "oracle", "draft ask", "refined"),
+    "oracle_choice": ("always", "refined", "oracle", "draft ask refined", ""),
+    "always_truster": ("always", "refined", "trust", "draft ask refined trust", ""),
+    "art_untuned": ("ask", "refined", "trust", "draft ask", "refined trust"),
+    "cheap_gate": ("cheap", "refined", "newest", "draft", "ask refined"),
+    "self_refine_plain": ("ask_self", "refined_plain", "newest", "draft ask_self", "refined_plain"),
+    "asker_plain": ("ask", "refined_plain", "newest", "draft ask", "refined_plain"),
+    "asker_self": ("ask", "refined", "trust_self", "draft ask", "refined trust_self"),
+    "logprob_choice": ("ask", "refined", "logprob", "draft ask", "refined"),
+    "finetuned": ("always", "finetuned", "newest", "finetuned", ""),
+    "end_to_end": ("always", "end_to_end", "newest", "end_to_end", ""),
+}
+
+
+def make_said(seed, n_dev=20, n_test=8):
+    """An Evaluation whose models said random things: right, wrong, unreadable and cut-off answers."""
+    rng, n = random.Random(seed), n_dev + n_test
+    args = SimpleNamespace(task="toy", strategy="cot", threshold=None, seed=0, vote_limit=None, vote_k=None)
+    records = [{"id": str(i), "question": f"Which, {i}?", "answer": "1"} for i in range(n)]
+    said = evaluate.Evaluation(SimpleNamespace(args=args), records[:n_dev], records[n_dev:])
+    for name, (_, _, _, (part, _)) in evaluate.STAGES.items():
+        for _ in range(n):
+            row = {"prompt_tokens": rng.randint(10, 20), "tokens": rng.randint(1, 9)}
+            if part == "candidates":
+                answer = rng.choice(["1", "1", "2", None])
+                row |= {"text": f"#### {answer}", "answer": answer, "stopped": rng.random() < 0.9,
+                        "logprob": -rng.random()}
+            elif part == "ask":
+                row |= {"subquestions": ["Which?"], "p_refine": round(rng.random(), 1)}
+            else:
+                row = {"prompt_tokens": 30, "draft": rng.random(), "refined": rng.random()}
+            said.said.setdefault(name, []).append(row)
+    vars(said)["cheap"] = np.array([rng.random() for _ in records])
+    return said
+
+
+def slow(said, row, threshold, part):
+    """(right, tokens, refined, draft was right) of each question of a part."""
+    decides, stage, chooses, always, then = MEANING[row]
+    made = []
+    for i in range(len(said.records))[part]:
+        at = {name: rows[i] for name, rows in said.said.items()}
+        right = {name: at[name]["stopped"] and at[name]["answer"] == "1" for name in ("draft", stage)}
+        p = said.cheap[i] if decides == "cheap" else at[decides]["p_refine"] if decides in at else None
+        refine = {"never": False, "always": True, "oracle": not right["draft"]}.get(decides, p is not None and
+                                                                                    p >= (threshold or 0))
+        better = {"newest": True, "oracle": right[stage] > right["draft"],
+                  "logprob": at[stage].get("logprob", 0) > at["draft"]["logprob"]}.get(chooses)
+        if better is None:
+            better = at[chooses]["refined"] > at[chooses]["draft"]
+        spent = sum(at[name]["prompt_tokens"] + at[name].get("tokens", 0)
+                    for name in always.split() + then.split() * refine)
+        made.append((right[stage] if refine and better else right["draft"], spent, refine, right["draft"]))
+    return zip(*made)
+
+
+@pytest.mark.parametrize("row", MEANING)
+def test_row_counted_again(row):
+    for seed in range(5):
+        said = make_said(seed)
+        about, right = evaluate.make_row(said, row)
+        expected, tokens, refined, drafts = slow(said, row, about["threshold"], said.test)
+        assert tuple(right) == expected and about["accuracy"] == np.mean(expected) and about["n"] == 8
+        assert about["mended"] == sum(a > b for a, b in zip(expected, drafts))
+        assert about["broken"] == sum(a < b for a, b in zip(expected, drafts))
+        assert about["tokens"] == pytest.approx(np.mean(tokens))
+        if row not in evaluate.ALONE:
+            assert about["refined"] == np.mean(refined)
+        if row == "art_untuned":
+            assert about["threshold"] == 0.5
+        elif about["threshold"] is not None:  # no other one is better on dev
+            score = {cut: sum(next(slow(said, row, cut, said.dev))) for cut in (*np.arange(0, 1.1, 0.05), 2)}
+            assert sum(next(slow(said, row, about["threshold"], said.dev))) == max(score.values())
+
+
+def test_every_row_is_counted_again():
+    assert MEANING.keys() | {"random_gate", *evaluate.VOTES} == evaluate.ROWS.keys()
+
+
+def test_random_gate_is_the_mean_over_all_choices():
+    """Of as many questions as row asker refines: each subset of that size, counted."""
+    said = make_said(3)
+    m = round(evaluate.make_row(said, "asker")[0]["refined"] * 8)
+    draft, refined = said.right("draft")[said.test], said.right("refined")[said.test]
+    subsets = [np.isin(range(8), chosen) for chosen in itertools.combinations(range(8), m)]
+    mean = np.mean([np.where(chosen, refined, draft).mean() for chosen in subsets])
+    assert 0 < m < 8 and evaluate.make_row(said, "random_gate")[0]["accuracy"] == pytest.approx(mean)
+
+
+def test_upper_bounds():
+    for seed in range(20):
+        said = make_said(seed)
+        at = {row: evaluate.make_row(said, row)[0]["accuracy"] for row in MEANING}
+        assert at["oracle_choice"] >= max(at["initial"], at["refine_always"], at["art"], at["always_truster"])
+        assert at["oracle_gate"] >= max(at["asker"], at["cheap_gate"], at["initial"], at["refine_always"])
+        assert at["asker_oracle"] >= max(at["art"], at["asker"], at["asker_self"], at["logprob_choice"], at["initial"])
+
+
+def test_thresholds_come_from_dev_alone():
+    """Other gold answers of test change every verdict there and no threshold; other ones of dev do."""
+    def thresholds(part, gold):
+        said = make_said(1)
+        for record in said.records[getattr(said, part)]:
+            record["answer"] = gold
+        return [evaluate.make_row(said, row)[0]["threshold"] for row in MEANING]
+
+    assert thresholds("test", "1") == thresholds("test", "2") != thresholds("dev", "2")
+    assert sum(value is not None for value in thresholds("test", "1")) == 10
+
+
+def test_unreadable_and_cut_off_answers_are_counted():
+    said = make_said(0)
+    rows = said.said["draft"][said.test] = [
+        {**row, "text": text, "answer": None if text == "?" else "2", "stopped": stopped, **more}
+        for row, (text, stopped, more) in zip(said.said["draft"][said.test], [
+            ("?", True, {}), ("?", True, {}), ("2", False, {}), ("2", True, {}), ("", False, {"failed": True})] * 2)]
+    about, _ = evaluate.make_row(said, "initial")
+    assert len(rows) == 8 and (about["unparsed"], about["cut_off"], about["failed"]) == (4, 2, 1)
+
+
+def test_statistics_against_published_values():
+    assert evaluate.wilson(0, 10) == pytest.approx([0, 0.2775], abs=1e-4)  # Newcombe (1998), table I
+    assert evaluate.wilson(15, 148) == pytest.approx([0.0624, 0.1605], abs=1e-4)
+    for gained, lost in itertools.product(range(6), repeat=2):  # the tails of all outcomes of fair coins
+        n = gained + lost
+        heads = [sum(toss) for toss in itertools.product((0, 1), repeat=n)]
+        tails = sum(count <= min(gained, lost) or count >= max(gained, lost) for count in heads) / 2**n
+        assert evaluate.mcnemar(gained, lost) == pytest.approx(tails)
+
+
+def test_bootstrap_against_the_formula():
+    """60 questions of 400 gained, 40 lost: 5.0% more, with the standard error of a mean of 1, 0 and -1."""
+    row, other = np.arange(400) < 60, (np.arange(400) >= 60) & (np.arange(400) < 100)
+    found, error = evaluate.compare(row, other), np.sqrt((100 / 400 - 0.05**2) / 400)
+    assert found["delta"] == 0.05 and found["p"] == evaluate.mcnemar(60, 40)
+    assert found["ci95"] == pytest.approx([0.05 - 1.96 * error, 0.05 + 1.96 * error], abs=0.004)
+
+
+def test_threshold_and_auc_against_brute_force():
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        p, gain = rng.random(12).round(1), rng.integers(-1, 2, 12)
+        best = max(gain[p >= cut].sum() for cut in [0, *p, 1.1])
+        assert gain[p >= evaluate.best_threshold(p, gain)].sum() == best
+        pairs = [(a > b) + 0.5 * (a == b) for a in p[gain > 0] for b in p[gain <= 0]]
+        assert art.auc(p, gain > 0) == (pytest.approx(np.mean(pairs)) if pairs else None)
+
+
+def test_votes_by_hand():
+    """What cannot be read or was cut off has no vote, the earlier answer wins a tie, exp(score) weighs."""
+    answers = [None, "5", "4", "5", "5", "4", "4"]
+    samples = [{"answer": answer, "number": i, "stopped": i != 1} for i, answer in enumerate(answers)]
+    scores = [{"score": score} for score in (0, 1, 2, 9, 3, 4, 5)]
+    assert [evaluate.pick("majority", samples[:k], None)["number"] for k in range(1, 8)] == [0, 0, 2, 2, 3, 2, 2]
+    assert [evaluate.pick("best_of_k", samples[:k], scores[:k])["number"] for k in (1, 3, 7)] == [0, 2, 3]
+    assert [evaluate.pick("weighted_vote", samples[:k], scores[:k])["number"] for k in (3, 7)] == [2, 3]
+    scores = [{"score": math.log(weight)} for weight in (9, 9, 2, 1, 1, 1, 0.5)]  # 4: 2 + 1 + 0.5; 5: 1 + 1
+    assert evaluate.pick("weighted_vote", samples, scores)["number"] == 2
+
+
+def test_vote_stops_at_the_cost_of_art(monkeypatch):
+    """The first k whose tokens are not below the budget: the prompt once, each sample, and what the Truster reads."""
+    samples = [{"text": f"#### {n}", "answer": n, "stopped": True, "tokens": 10, "prompt_tokens": 50} for n in "31112"]
+    said = make_said(0)
+    said.args.temperature = 1.0
+    monkeypatch.setattr(art, "sample_answers", lambda lm, args, records, k, t: [(samples * 3)[:k] for _ in records])
+    said.run.model = lambda name, label: SimpleNamespace(
+        score=lambda texts: [{"score": float(text.endswith("1")), "prompt_tokens": 7} for text in texts])
+    about, right = evaluate.vote_row(said, "majority", 85)
+    assert [(p["k"], p["tokens"], p["accuracy"]) for p in about["curve"]] == [
+        (1, 60, 0), (2, 70, 0), (3, 80, 1), (4, 90, 1)] and right.all()
+    about, _ = evaluate.vote_row(said, "best_of_k", 85)
+    assert [(p["k"], p["tokens"], p["accuracy"]) for p in about["curve"]] == [(1, 67, 0), (2, 84, 1), (3, 101, 1)]
+    said.args.vote_k, said.args.vote_limit = 2, 5
+    about, right = evaluate.vote_row(said, "majority", math.inf)
+    assert about["k"] == 2 and about["n"] == len(right) == 5
+
+
+# --- The script
+
+
+def test_table_is_what_the_records_say(kit):
+    rows, records = kit.results(), art.read_jsonl(kit.runs / "toy/default/records.jsonl", "")
+    assert list(rows) == list(evaluate.DEFAULT_ROWS) and len(records) == 12
+    for name, row in rows.items():
+        if name != "random_gate":  # an expectation
+            assert row["accuracy"] == np.mean([record["right"][name] for record in records])
+    for name, stage in (("initial", "draft"), ("refine_always", "refined"), ("self_refine", "refined_self")):
+        texts = [record["candidates"][stage]["text"] for record in records]
+        right = [art.is_correct("toy", text, record["answer"]) for text, record in zip(texts, records)]
+        assert name == "self_refine" or rows[name]["accuracy"] == np.mean(right)
+    engine = {"settings", "prompt", "call", "number", "on", "seconds"}
+    rows = [row for record in records for part in ("candidates", "ask", "trust") for row in record[part].values()]
+    assert rows and not any(engine & row.keys() for row in rows)
+    assert "==== mended: " in (kit.runs / "toy/default/flips.txt").read_text()
+
+
+def test_load_run(kit):
+    run = art.load_run(kit.runs / "toy/default")
+    assert run["right.art"].dtype == bool and run["right.art"].mean() == kit.results()["art"]["accuracy"]
+    assert run["ask.asker.p_refine"].shape == (12,) and run["id"][3] == "toy-test-3"
+    assert run["solution"][0] == art.read_jsonl(kit.data / "toy/test.jsonl", "")[0]["solution"]
+
+
+def test_rows_are_added(copy, monkeypatch, capsys):
+    """The old rows stay, the new one stands beside them, and nothing is asked twice."""
+    before = copy.results()
+    capsys.readouterr()
+    copy.here(monkeypatch, "evaluate", "--rows", "majority,always_truster", "--vote-k", "2")
+    assert asked_of(capsys.readouterr().out) == {"samples of test": 24}
+    assert list(copy.results()) == [*before, "always_truster", "majority"]
+    assert all(copy.results()[name] == row for name, row in before.items())
+
+
+@pytest.mark.parametrize("rows", ["art,self_refine", "finetuned", "oracle_gate,art", "art,refine_always"])
+def test_a_few_rows_alone(copy, monkeypatch, rows):
+    """Whatever is left out; also where questions have kinds."""
+    for record in (records := art.read_jsonl(copy.data / "toy/test.jsonl", "")):
+        record["kind"] = "easy"
+    art.write(copy.data / "toy/test.jsonl", records)
+    (copy.runs / "toy/default/results.json").unlink()
+    copy.here(monkeypatch, "evaluate", "--rows", rows)
+    assert set(copy.results()) == set(rows.split(","))
+
+
+def test_threshold_flag(copy, monkeypatch):
+    """Above 1 nothing is refined, at 0 everything."""
+    for threshold, row, equal in (("2", "art", "initial"), ("0", "asker", "refine_always")):
+        copy.here(monkeypatch, "evaluate", "--threshold", threshold)
+        assert copy.results()[row]["accuracy"] == copy.results()[equal]["accuracy"]
+        assert copy.results()[row]["refined"] == (equal != "initial")
+
+
+def test_parts_of_another_run(copy, monkeypatch, capsys):
+    """With Asker and Truster of the first run, another run is the same, and nothing is asked."""
+    assert "train_asker.py --task toy --run b" in refused(
+        monkeypatch, capsys, copy, "evaluate", "--run", "b", "--truster-from", "default")
+    copy.here(monkeypatch, "evaluate", "--run", "b", "--asker-from", "default", "--truster-from", "default")
+    assert copy.results("b") == copy.results() and not asked_of(capsys.readouterr().out)
+
+
+def test_compare(copy, monkeypatch, capsys):
+    flags = ["--asker-from", "default", "--truster-from", "default"]
+    copy.here(monkeypatch, "evaluate", "--run", "b", *flags, "--threshold", "2")
+    capsys.readouterr()
+    copy.here(monkeypatch, "evaluate", "--compare", "default", "b", "--row", "asker")
+    out = capsys.readouterr().out
+    one, two = (copy.results(run)["asker"]["accuracy"] for run in ("default", "b"))
+    assert f"| asker | {one:.1%} | {two:.1%} | {(one + two) / 2:.1%} |" in out
+    assert f"asker, b against default: {two - one:+.1%}" in out and "n = 12" in out
+    copy.here(monkeypatch, "evaluate", "--run", "few", *flags, "--limit", "6")
+    for name, said in (("few", "not on the same test questions"), ("nobody", "no results.json of nobody")):
+        assert said in refused(monkeypatch, capsys, copy, "evaluate", "--compare", "default", name)
+    assert "row majority is not in both" in refused(monkeypatch, capsys, copy, "evaluate", "--compare", "default", "b",
+                                                    "--row", "majority")
+
+
+def test_a_run_that_was_trained_on_test_is_refused(copy, monkeypatch, capsys):
+    test, train = (art.read_jsonl(copy.data / f"toy/{split}.jsonl", "") for split in ("test", "train"))
+    art.write(copy.data / "toy/test.jsonl", [*test[1:], {**test[0], "question": train[5]["question"].upper()}])
+    assert f"trained on 1 of the test questions, as {test[0]['id']}" in refused(monkeypatch, capsys, copy, "evaluate")
+
+
+def test_table_by_kind(copy, monkeypatch):
+    test = art.read_jsonl(copy.data / "toy/test.jsonl", "")
+    art.write(copy.data / "toy/test.jsonl", [{**r, "kind": "easy" if i % 3 else "hard"} for i, r in enumerate(test)])
+    copy.here(monkeypatch, "evaluate")
+    right = art.load_run(copy.runs / "toy/default")
+    cells = [f"{right[f'right.{row}'][right['kind'] == 'hard'].mean():.0%}"
+             for row in ("initial", "refine_always", "art")]
+    assert f"| hard | 33% | {' | '.join(cells)} |" in (copy.runs / "toy/default/table.md").read_text()
+
+
+def test_model_text_cannot_steer_a_terminal(copy, monkeypatch, capsys):
+    """flips.txt and what is printed hold no control character, whatever a record says."""
+    test = art.read_jsonl(copy.data / "toy/test.jsonl", "")
+    art.write(copy.data / "toy/test.jsonl", [{**r, "id": f"\x1b[2J{r['id']}"} for r in test])
+    copy.here(monkeypatch, "evaluate", "--threshold", "0")
+    shown = (copy.runs / "toy/default/flips.txt").read_text() + capsys.readouterr().out
+    assert "\\x1b[2J" in shown and "\x1b" not in shown
+
+
+def test_results_say_what_made_them(kit):
+    results = json.loads((kit.runs / "toy/default/results.json").read_text())
+    assert results["machines"] == ["cpu float32"] and results["settings"]["k"] == 4 and results["torch"]
+    assert results["training"].keys() == {"asker", "truster", "finetuned"} and results["n_dev"] == 12
