@@ -43,18 +43,18 @@ ROOT = Path(__file__).resolve().parent
 # A record is {"id", "question", "answer", "solution": [[sub-question, step], ...]} and, in StrategyQA, "facts".
 # ======================================================================================================================
 
-# In front of a chat model's question; base models have exemplars instead. {end} says where the answer stands.
+# What a chat model is told behind a question; base models have exemplars instead. {end}: where the answer stands.
 INSTRUCTIONS = {
-    "cot": "Answer the question. Reason step by step. {end}",
-    "decomp": "Ask the sub-questions that lead to the answer and answer them one after the other, then the question. "
+    "cot": "Answer the question. Reason step by step, and {end}",
+    "decomp": "Ask the sub-questions that lead to the answer, answer them one after the other, then the question, and "
               "{end}",
     "ask": "Write the sub-questions that a right answer to the question has to settle, one a line. Then check the "
            "given answer: the last line is 'Refine: Yes' if it is wrong, 'Refine: No' if it is right.",
-    "refine": "Answer the sub-questions one after the other, then the question. {end}",
-    "refine_plain": "Check the given answer and write a revised one. Reason step by step. {end}",
+    "refine": "Answer the sub-questions one after the other, then the question. Reason step by step, and {end}",
+    "refine_plain": "Check the given answer and write a revised one. Reason step by step, and {end}",
     "choose": "Which answer to the question is better? Write one letter, A or B.",
 }
-END = {"number": "Put the final answer in \\boxed{}.", "yes/no": "The last line is '#### yes' or '#### no'."}
+END = {"number": "put the final answer in \\boxed{}.", "yes/no": "put the final answer, yes or no, in \\boxed{}."}
 
 
 def instruction(task, step):
@@ -1024,11 +1024,16 @@ def plain_text(prompt, shots=()):
 
 
 def chat_turns(prompt, shots=(), instruction=""):
-    """The same as turns of a chat; the instruction stands in front of the first."""
-    turns = [turn for shown, answer in shots for turn in (("user", shown.rstrip()), ("assistant", answer))]
-    turns.append(("user", prompt.rstrip()))
-    turns[0] = ("user", f"{instruction}\n\n{turns[0][1]}".strip())
-    return [{"role": role, "content": content} for role, content in turns]
+    r"""The same as turns of a chat: the instruction takes the place of the cue, the last line of a plain prompt.
+
+    >>> chat_turns("Question: Q?\nAnswer:\n", instruction="Answer it.")
+    [{'role': 'user', 'content': 'Question: Q?\n\nAnswer it.'}]
+    """
+    def asked(text):
+        return f"{text.rstrip().rpartition(chr(10))[0]}\n\n{instruction}" if instruction else text.rstrip()
+
+    turns = [turn for shown, answer in shots for turn in (("user", asked(shown)), ("assistant", answer))]
+    return [{"role": role, "content": content} for role, content in [*turns, ("user", asked(prompt))]]
 
 
 # --- Models on this machine

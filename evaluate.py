@@ -22,11 +22,17 @@ import art
 MAX_K = 12  # samples of a test question, at most
 
 
+def refine_gold(lm, args, records, drafts):
+    """Step 3 along the gold sub-questions: what would the best Asker bring?"""
+    return art.refine(lm, args, records, drafts, [{"subquestions": art.subquestions_of(record)} for record in records])
+
+
 STAGES = {  # name: the model that is asked, the step, the stages it reads, where it stands in a record
     "draft": ("llm", "draft", (), ("candidates", "draft")),
     "ask_self": ("llm", art.ask, ("draft",), ("ask", "self")),
     "refined_self": ("llm", art.refine, ("draft", "ask_self"), ("candidates", "refined_self")),
     "refined_plain": ("llm", art.refine, ("draft",), ("candidates", "refined_plain")),
+    "refined_gold": ("llm", refine_gold, ("draft",), ("candidates", "refined_gold")),
     "finetuned": ("finetuned", art.predict, (), ("candidates", "finetuned")),
     "end_to_end": ("end_to_end", art.end_to_end, (), ("candidates", "end_to_end")),
     "ask": ("asker", art.ask, ("draft",), ("ask", "asker")),
@@ -53,6 +59,7 @@ ROWS = DEFAULT_ROWS | {
     "asker_plain": ("ask", "refined_plain", "newest"),
     "asker_self": ("ask", "refined", "trust_self"),
     "logprob_choice": ("ask", "refined", "logprob"),
+    "gold_questions": ("always", "refined_gold", "newest"),  # an upper bound, too
     "majority": ("always", "majority", "newest"),  # the next three choose among k samples
     "weighted_vote": ("always", "weighted_vote", "newest"),
     "best_of_k": ("always", "best_of_k", "newest"),
@@ -60,8 +67,8 @@ ROWS = DEFAULT_ROWS | {
     "end_to_end": ("always", "end_to_end", "newest"),
 }
 GROUPS = {"the paper's rows": ("initial", "self_refine", "refine_always", "asker", "art"),
-          "controls": tuple(row for row in ROWS if row not in DEFAULT_ROWS) + ("random_gate",),
-          "upper bounds, which look at the gold answer": ("oracle_gate", "asker_oracle", "oracle_choice")}
+          "controls": (*(row for row in ROWS if row not in (*DEFAULT_ROWS, "gold_questions")), "random_gate"),
+          "upper bounds, which look at gold": ("oracle_gate", "asker_oracle", "oracle_choice", "gold_questions")}
 VOTES = ("majority", "weighted_vote", "best_of_k")
 ALONE = {"finetuned", "end_to_end", *VOTES}  # need no draft, and test alone
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import art
 import evaluate
 
-COLOURS = {"the paper's rows": "C0", "controls": "0.6", "upper bounds, which look at the gold answer": "0.85"}
+COLOURS = {"the paper's rows": "C0", "controls": "0.6", "upper bounds, which look at gold": "0.85"}
 
 
 def bars(axes, rows):
@@ -33,7 +33,7 @@ def bars(axes, rows):
 def costs(axes, rows):
     """Accuracy over tokens a question, labelled directly."""
     for name, row in rows.items():
-        if name.startswith(("oracle", "asker_oracle", "random")):
+        if name.startswith(("oracle", "asker_oracle", "gold", "random")):
             continue
         axes.plot(row["tokens"], 100 * row["accuracy"], "o", color="C1" if name == "art" else "C0", ms=4)
         axes.annotate(name, (row["tokens"], 100 * row["accuracy"]), xytext=(4, 3), textcoords="offset points",

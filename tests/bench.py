@@ -8,9 +8,9 @@
     python tests/bench.py demo                         # the five commands of the toy, seconds a step
 
 TRL is needed for its rows alone: pip install trl. Contestants take turns (A B A B A B), each turn in a process of its
-own; loading a model is not timed. Seconds are medians, the lowest and the highest; the ratio is theirs over the kit's in
-each round. The peak is that of the process, on a GPU that of its tensors. `--at-least X`: exit code 1 if the kit is less
-than X times as fast as a rival.
+own; loading a model is not timed. Seconds are medians, the lowest and the highest; the ratio is theirs over the kit's
+in each round. The peak is that of the process, on a GPU that of its tensors. `--at-least X`: exit code 1 if the kit is
+less than X times as fast as a rival.
 """
 
 import argparse
@@ -54,11 +54,7 @@ def turn(argv, name):
 
 
 def spread(values, form=".1f"):
-    """Median, lowest and highest as text.
-
-    >>> spread([3, 1, 2])
-    '2.0 (1.0 to 3.0)'
-    """
+    """Median, lowest and highest as text."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
@@ -73,31 +69,28 @@ def compare(args, argv, rivals):
         print("TRL is not installed, its row is left out: pip install trl", file=sys.stderr)
         rivals = [name for name in rivals if "TRL" not in name]
     rounds = [{name: turn(argv, name) for name in ["kit", *rivals]} for _ in range(args.rounds)]
-    ratios = {name: {key: [made[name][key] / made["kit"][key] for made in rounds] for key in ("seconds", "peak")}
-              for name in rounds[0]}
     head("contestant", "seconds (lowest to highest)", "times the kit's", "peak MiB", "times the kit's", "")
-    for name, (seconds, peak) in ((name, ratios[name].values()) for name in ratios):
-        measured = [spread([made[name][key] / unit for made in rounds], form)
-                    for key, unit, form in (("seconds", 1, ".1f"), ("peak", 2**20, ".0f"))]
-        print(f"| {name} | {measured[0]} | {spread(seconds, '.2f')} | {measured[1]} | {spread(peak, '.2f')} | "
-              f"{rounds[0][name]['note']} |")
+    ratios = {}
+    for name in rounds[0]:
+        cells = [name]
+        for key, unit, form in (("seconds", 1, ".1f"), ("peak", 2**20, ".0f")):
+            ratios[name, key] = [made[name][key] / made["kit"][key] for made in rounds]
+            cells += [spread([made[name][key] / unit for made in rounds], form), spread(ratios[name, key], ".2f")]
+        print(f"| {' | '.join(cells)} | {rounds[0][name]['note']} |")
     for name in rivals if "texts" in rounds[0]["kit"] else ():
         ours, theirs = rounds[0]["kit"]["texts"], rounds[0][name]["texts"]
         print(f"\nTexts of {name} equal to those of the kit: {sum(map(str.__eq__, ours, theirs))} of {len(ours)}.")
-    slow = [name for name in rivals if statistics.median(ratios[name]["seconds"]) < (args.at_least or 0)]
+    slow = [name for name in rivals if statistics.median(ratios[name, "seconds"]) < (args.at_least or 0)]
     if slow or args.at_least and not rivals:
         print(f"\nThe kit is not {args.at_least} times as fast as {', '.join(slow) or 'any rival here'}.")
         sys.exit(1)
 
 
-def kit_args(args, training=None, **flags):
-    """The kit's own arguments for a task, as its parser makes them, in a temporary folder of runs."""
-    runs = tempfile.TemporaryDirectory()
-    flags = {"task": args.task, "data": args.data, "runs": runs.name, "kv_gib": args.kv_gib, **flags}
+def kit_args(args, folder, training=None, **flags):
+    """The kit's own arguments for a task, as its parser makes them, with an empty folder of runs."""
+    flags = {"task": args.task, "data": args.data, "runs": folder, "kv_gib": args.kv_gib, **flags}
     words = [word for key, value in flags.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    made = art.parse(art.make_parser("", training), words, training=training or "asker")
-    made.folder = runs  # it goes with the arguments
-    return made
+    return art.parse(art.make_parser("", training), words, training=training or "asker")
 
 
 # --- Generation
@@ -133,9 +126,9 @@ def plain_generate(self, batch, settings):
     return made
 
 
-def generate_turn(args, name):
+def generate_turn(args, name, folder):
     """Answers to the questions behind the exemplars; both contestants get the kit's batches."""
-    own = kit_args(args, model=args.model, bits=args.bits, shots=args.shots, chat="no",
+    own = kit_args(args, folder, model=args.model, bits=args.bits, shots=args.shots, chat="no",
                    max_new_tokens=args.max_new_tokens)
     records = art.load_task(args.task, "test", args.limit, args.data)
     run = art.Run(own)
@@ -148,14 +141,6 @@ def generate_turn(args, name):
     seconds, tokens = clock() - began, sum(one["tokens"] for several in made for one in several)
     result = {"seconds": seconds, "note": f"{tokens} tokens written, {tokens / seconds:.0f} a second"}
     return result if args.k > 1 else {**result, "texts": [one["text"] for (one,) in made]}
-
-
-def generate(args, argv):
-    """Answers to questions behind exemplars, against transformers' generate with as many rows in a batch."""
-    how = "greedy" if args.k == 1 else f"{args.k} samples each; generate: num_return_sequences={args.k}, do_sample"
-    print(f"{args.limit} questions of {args.task}, {args.shots} exemplars, {args.bits} bits, at most "
-          f"{args.max_new_tokens} new tokens, {how}\n")
-    compare(args, argv, ["plain generate"])
 
 
 # --- Training. Model, LoRA, optimiser, batch size and examples are the kit's, in one pass; only the trainer changes.
@@ -171,12 +156,13 @@ def rival_trainer(name, args, model, tokenizer, examples, folder):
     """The trainer that a contestant uses in the place of the kit's."""
     import torch
     import transformers
+    cuda = torch.cuda.is_available()
     settings = {
         "output_dir": folder, "num_train_epochs": 1, "learning_rate": args.lr, "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05, "per_device_train_batch_size": args.batch_size, "optim": "adamw_torch", "seed": 0,
-        "gradient_accumulation_steps": args.accumulate, "use_cpu": not torch.cuda.is_available(), "report_to": "none",
-        "bf16": torch.cuda.is_available(), "save_steps": args.save_steps, "disable_tqdm": True,
-        "gradient_checkpointing": False}  # on a GPU the kit's model has it already
+        "gradient_accumulation_steps": args.accumulate, "use_cpu": not cuda, "report_to": "none",
+        "bf16": cuda and art.compute_dtype(args.adapter_bits) == torch.bfloat16, "save_steps": args.save_steps,
+        "disable_tqdm": True, "gradient_checkpointing": False}  # on a GPU the kit's model has it already
     if name == "plain Trainer":  # pads on the right, logits at every position
         tokenizer.padding_side = "right"
         return transformers.Trainer(model, transformers.TrainingArguments(**settings),
@@ -202,21 +188,23 @@ def rival_trainer(name, args, model, tokenizer, examples, folder):
 
 def answers_without_a_model(records, k):
     """k answers a question, right and wrong in turn: the steps of solutions in the set, so that lengths are real."""
-    def answer(i, j):
-        right, other = j % 2 == i % 2, records[(i + j) % len(records)]
-        return {"text": art.solution_text(other["solution"], records[i]["answer"] if right else "-1"), "correct": right}
+    made = {record["id"]: {"samples": []} for record in records}
+    for i, record in enumerate(records):
+        for j in range(k):
+            right, other = j % 2 == i % 2, records[(i + j) % len(records)]
+            text = art.solution_text(other["solution"], record["answer"] if right else "-1")
+            made[record["id"]]["samples"].append({"text": text, "correct": right})
+    return made
 
-    return {record["id"]: {"samples": [answer(i, j) for j in range(k)]} for i, record in enumerate(records)}
 
-
-def train_turn(args, name):
+def train_turn(args, name, folder):
     """One pass over the examples; only `train` is timed."""
     import transformers
 
     import train_asker
     import train_truster
     module = train_asker if args.table == "asker" else train_truster
-    own = kit_args(args, args.table, **{f"{args.table}_model": args.model}, adapter_bits=args.bits, epochs=1,
+    own = kit_args(args, folder, args.table, **{f"{args.table}_model": args.model}, adapter_bits=args.bits, epochs=1,
                    batch_size=args.batch_size, accumulate=args.accumulate, max_length=4096)
     records = [record for record in art.load_task(args.task, "train", None, args.data) if record.get("solution")]
     records, tokenizer = records[: args.limit], art.load_tokenizer(args.model)
@@ -232,39 +220,24 @@ def train_turn(args, name):
 
     def timed(*words, **more):
         began = clock()
-        made = train(*words, **more)
+        train(*words, **more)
         seconds.append(clock() - began)
-        return made
 
     transformers.Trainer.train = timed
-    with tempfile.TemporaryDirectory() as folder:
-        if name == "kit":
-            steps = art.fine_tune(model, examples, module.make_collate(tokenizer.pad_token_id), module.loss, own,
-                                  Path(folder), 1)["steps"]
-        else:
-            trainer = rival_trainer(name, own, model, tokenizer, examples, folder)
-            trainer.train()
-            steps = trainer.state.global_step
+    if name == "kit":
+        steps = art.fine_tune(model, examples, module.make_collate(tokenizer.pad_token_id), module.loss, own,
+                              Path(folder), 1)["steps"]
+    else:
+        trainer = rival_trainer(name, own, model, tokenizer, examples, folder)
+        trainer.train()
+        steps = trainer.state.global_step
     return {"seconds": seconds[0], "note": f"{steps} steps, {tokens / seconds[0]:.0f} tokens of the examples a second"}
-
-
-def asker(args, argv):
-    """One pass of the Asker's training, against TRL's SFTTrainer and a plain Trainer."""
-    print(f"{args.limit} ask examples of {args.task}, {args.bits} bits, batch {args.batch_size} x {args.accumulate}\n")
-    compare(args, argv, ["TRL SFTTrainer", "plain Trainer"])
-
-
-def truster(args, argv):
-    """One pass of the Truster's training, against TRL's RewardTrainer on the same pairs, as many rows in a batch."""
-    print(f"{args.limit} questions of {args.task} with {args.k} answers, {args.bits} bits, batch {args.batch_size} x "
-          f"{args.accumulate}\n")
-    compare(args, argv, ["TRL RewardTrainer"])
 
 
 # --- The demo
 
 
-def demo(args, argv):
+def demo(args):
     """The five commands of the toy, on a fresh folder in each round."""
     steps = ["data/toy/prepare.py", "art.py sample", "train_asker.py", "train_truster.py", "evaluate.py"]
     rounds = []
@@ -288,39 +261,44 @@ def demo(args, argv):
     print(f"| all | {spread(totals)} | 100% | |")
 
 
-TABLES = {  # the call, a turn of it, the defaults
-    "generate": (generate, generate_turn, {"limit": 32, "k": 1, "bits": 32}),
-    "asker": (asker, train_turn, {"limit": 64, "k": 1, "batch_size": 4, "accumulate": 8}),
-    "truster": (truster, train_turn, {"limit": 16, "k": 8, "batch_size": 1, "accumulate": 16}),
-    "demo": (demo, None, {}),
+TABLES = {  # a turn, the rivals, the defaults
+    "generate": (generate_turn, ["plain generate"], {"limit": 32, "k": 1, "bits": 32}),
+    "asker": (train_turn, ["TRL SFTTrainer", "plain Trainer"], {"limit": 64, "batch_size": 4, "accumulate": 8}),
+    "truster": (train_turn, ["TRL RewardTrainer"], {"limit": 16, "k": 8, "batch_size": 1, "accumulate": 16}),
+    "demo": (None, [], {}),
 }
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--task", default="toy", choices=art.TASKS)
-    parser.add_argument("--model", default="data/toy/base", help="folder or Hub id (default the toy's)")
-    parser.add_argument("--limit", type=int, help="questions (default generate 32, asker 64, truster 16, demo all)")
-    parser.add_argument("--k", type=int, help="answers a question (default generate 1: greedy; truster 8)")
-    parser.add_argument("--bits", type=int, default=4, help="precision of the weights (default generate 32, else 4)")
-    parser.add_argument("--shots", type=int, default=8, help="exemplars (default 8)")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--kv-gib", type=float, default=0.5, help="keys and values of a batch (default 0.5)")
-    parser.add_argument("--batch-size", type=int, help="default asker 4, truster 1")
-    parser.add_argument("--accumulate", type=int, help="default asker 8, truster 16")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant (default 3)")
-    parser.add_argument("--at-least", type=float, metavar="X", help="exit code 1 if a rival takes less than X times")
-    parser.add_argument("--data", type=Path, default=ROOT / "data")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    call, one_turn, defaults = TABLES[parser.parse_args(argv).table]
+    add = parser.add_argument
+    add("table", choices=TABLES)
+    add("--task", default="toy", choices=art.TASKS)
+    add("--model", default="data/toy/base", help="folder or Hub id (default the toy's)")
+    add("--limit", type=int, help="questions (default generate 32, asker 64, truster 16, demo all)")
+    add("--k", type=int, help="answers a question (default generate 1: greedy; truster 8)")
+    add("--bits", type=int, default=4, help="precision of the weights (default generate 32, else 4)")
+    add("--shots", type=int, default=8, help="exemplars (default 8)")
+    add("--max-new-tokens", type=int, default=128)
+    add("--kv-gib", type=float, default=0.5, help="keys and values of a batch (default 0.5)")
+    add("--batch-size", type=int, help="default asker 4, truster 1")
+    add("--accumulate", type=int, help="default asker 8, truster 16")
+    add("--rounds", type=int, default=3, help="turns of each contestant (default 3)")
+    add("--at-least", type=float, metavar="X", help="exit code 1 if a rival takes less than X times as long")
+    add("--data", type=Path, default=ROOT / "data")
+    add("--only", help=argparse.SUPPRESS)
+    one_turn, rivals, defaults = TABLES[parser.parse_args(argv).table]
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    if args.only:
-        print(json.dumps({**one_turn(args, args.only), "peak": art.peak_memory()}))
+    if args.table == "demo":
+        demo(args)
+    elif args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps({**one_turn(args, args.only, folder), "peak": art.peak_memory()}))
     else:
-        call(args, argv)
+        print(f"`python tests/bench.py {' '.join(argv)}`\n")
+        compare(args, argv, rivals)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fixtures: a finished toy run in tiny sizes, made by the kit's own scripts; the toy's base in 32 bits; a fake model."""
+"""Fixtures: a finished toy run in tiny sizes, made by the kit's own scripts, and a fake model."""
 
 import importlib.util
 import json

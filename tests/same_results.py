@@ -85,10 +85,10 @@ def figures_of_first(results):
     """{row: {figure: value}} of the first edition's results.json."""
     made = {}
     for row in results["rows"]:
-        flips = row["flips"] or {}
+        flips, gated = row["flips"] or {}, row["row"] != "finetuned"  # else nothing is refined
         made[row["row"]] = {
             "accuracy": row["accuracy"], "mended": flips.get("wrong_right"), "broken": flips.get("right_wrong"),
-            "refined": row["refined_share"] if row["row"] != "finetuned" else None, "same answer": row["same_answer"],
+            "refined": row["refined_share"] if gated else None, "same answer": row["same_answer"] if gated else None,
             "unparsed": row["unparsed"], "cut off": row["cut_off"], "threshold": row["settings"]["threshold"],
             "ci95": row["ci95"], "vs_initial": row["vs_initial"], "vs_self_refine": row["vs_self_refine"]}
     return made

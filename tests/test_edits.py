@@ -1,4 +1,4 @@
-"""An edit is seen: what a student changes in a copy of the kit changes the table, or is refused; a comment is neither."""
+"""An edit is seen: what a student changes in a copy of the kit changes the table, or is refused; not so a comment."""
 
 import json
 import shutil

@@ -24,6 +24,7 @@ MEANING = {
     "oracle_gate": ("oracle", "refined", "newest", "draft", "ask refined"),
     "asker_oracle": ("ask", "refined", "oracle", "draft ask", "refined"),
     "oracle_choice": ("always", "refined", "oracle", "draft ask refined", ""),
+    "gold_questions": ("always", "refined_gold", "newest", "draft refined_gold", ""),
     "always_truster": ("always", "refined", "trust", "draft ask refined trust", ""),
     "art_untuned": ("ask", "refined", "trust", "draft ask", "refined trust"),
     "cheap_gate": ("cheap", "refined", "newest", "draft", "ask refined"),
@@ -73,7 +74,7 @@ def slow(said, row, threshold, part):
         if better is None:
             better = at[chooses]["refined"] > at[chooses]["draft"]
         spent = sum(at[name]["prompt_tokens"] + at[name].get("tokens", 0)
-                    for name in always.split() + then.split() * refine)
+                    for name in always.split() + then.split() * bool(refine))
         made.append((right[stage] if refine and better else right["draft"], spent, refine, right["draft"]))
     return zip(*made)
 
@@ -295,16 +296,7 @@ def test_table_by_kind(copy, monkeypatch):
     assert f"| hard | 33% | {' | '.join(cells)} |" in (copy.runs / "toy/default/table.md").read_text()
 
 
-def test_model_text_cannot_steer_a_terminal(copy, monkeypatch, capsys):
-    """flips.txt and what is printed hold no control character, whatever a record says."""
-    test = art.read_jsonl(copy.data / "toy/test.jsonl", "")
-    art.write(copy.data / "toy/test.jsonl", [{**r, "id": f"\x1b[2J{r['id']}"} for r in test])
-    copy.here(monkeypatch, "evaluate", "--threshold", "0")
-    shown = (copy.runs / "toy/default/flips.txt").read_text() + capsys.readouterr().out
-    assert "\\x1b[2J" in shown and "\x1b" not in shown
-
-
 def test_results_say_what_made_them(kit):
     results = json.loads((kit.runs / "toy/default/results.json").read_text())
-    assert results["machines"] == ["cpu float32"] and results["settings"]["k"] == 4 and results["torch"]
+    assert results["machines"] == ["cpu float32"] and results["settings"]["show_draft"] == "yes" and results["torch"]
     assert results["training"].keys() == {"asker", "truster", "finetuned"} and results["n_dev"] == 12

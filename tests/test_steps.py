@@ -8,6 +8,7 @@ import transformers
 from conftest import BASE, FakeLM
 
 import art
+import evaluate
 
 RECORD = {"id": "x", "question": "Ann has 7 pens. Ben has 2 fewer pens than Ann. How many pens do they have together?",
           "answer": "98765", "facts": ["GOLD-FACT."],  # what is gold can be found in any prompt
@@ -22,7 +23,7 @@ def args_of(**changes):
 
 def run_of(llm, asker=None, truster=None, **changes):
     models = {"llm": llm, "asker": asker or llm, "truster": truster or llm}
-    return SimpleNamespace(args=args_of(**changes), model=lambda name, label=None: models[name])
+    return SimpleNamespace(args=args_of(**changes), model=lambda name, label=None: models.get(name, llm))
 
 
 def test_four_steps():
@@ -31,17 +32,13 @@ def test_four_steps():
     assert draft["answer"] == "16" and draft["stopped"]
     (asked,) = art.ask(lm, args, [RECORD], [draft])
     assert asked["subquestions"] == ["How many has Ben?", "How many together?"] and asked["p_refine"] == 0.5
+    assert asked["tokens"] == 3 and asked["prompt_tokens"] == len(lm.seen[1]) + 7  # those of the decision count, too
     assert lm.seen[-1].endswith("Sub-questions:\nHow many has Ben?\nHow many together?\nRefine:")
     (refined,) = art.refine(lm, args, [RECORD], [draft], [asked])
     assert "7 + 9 = 16\n#### 16" in lm.seen[-1] and lm.seen[-1].endswith("together?\nRevised answer:\n")
     assert refined["answer"] == "12"
     (score,) = art.trust(lm, args, [RECORD], [draft], [refined])
     assert score["draft"] == len(art.trust_prompt(RECORD, draft["text"])) and score["prompt_tokens"] == 10
-
-
-def test_the_tokens_of_a_decision_are_counted():
-    (asked,) = art.ask(FakeLM(), args_of(), [RECORD], [{"text": "#### 16"}])
-    assert asked["tokens"] == 3 and asked["prompt_tokens"] == len(art.ask_prompt(RECORD, "#### 16")) + 7
 
 
 def test_prior_odds_turn_the_balanced_decision_back():
@@ -73,25 +70,26 @@ def test_loop_keeps_the_records_apart():
     assert ["refined" in row for row in rows] == [False, True, False]
 
 
+def ask_all_stages(record, **changes):
+    """The prompts of everything that evaluate.py and solve ask about a record."""
+    lm = FakeLM(exemplars=art.load_exemplars("gsm8k", changes.pop("shots", 0)))
+    said = evaluate.Evaluation(run_of(lm, **changes), [], [record])
+    for stage in evaluate.STAGES:
+        if stage != "refined_gold":  # an upper bound, see below
+            said[stage]
+    art.ask_refine_trust(run_of(lm), [record], 0.5)
+    return lm.seen
+
+
 @pytest.mark.parametrize("strategy", ["cot", "decomp"])
 @pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize("show_draft", ["yes", "no"])
 def test_gold_never_reaches_a_prompt(strategy, shots, show_draft):
-    """A record with its gold fields and one without them give the same prompts at every step of every row."""
-    seen, args = [], args_of(strategy=strategy, show_draft=show_draft, facts="none")
-    for record in (RECORD, BARE):
-        lm = FakeLM(exemplars=art.load_exemplars("gsm8k", shots))
-        drafts = art.predict(lm, args, [record])
-        asked = art.ask(lm, args, [record], drafts)
-        refined = art.refine(lm, args, [record], drafts, asked)
-        art.refine(lm, args, [record], drafts)
-        art.trust(lm, args, [record], drafts, refined)
-        art.trust_self(lm, args, [record], drafts, refined)
-        art.end_to_end(lm, args, [record])
-        art.ask_refine_trust(run_of(lm), [record], 0.5)
-        seen.append(lm.seen)
-    assert len(seen[0]) == 16 and seen[0] == seen[1]
-    assert not any("GOLD" in prompt or "98765" in prompt for prompt in seen[0])
+    """A record with its gold fields and one without them give the same prompts in every stage of every row."""
+    settings = {"strategy": strategy, "shots": shots, "show_draft": show_draft, "facts": "none"}
+    with_gold, bare = ask_all_stages(RECORD, **settings), ask_all_stages(BARE, **settings)
+    assert len(with_gold) == 21 and with_gold == bare
+    assert not any(re.search("GOLD|98765", prompt) for prompt in with_gold)
 
 
 @pytest.mark.parametrize(("facts", "shown"), [("none", [0, 0, 0]), ("refine", [0, 0, 1]), ("both", [1, 0, 1])])
@@ -103,6 +101,12 @@ def test_facts_stand_where_they_are_allowed(facts, shown):
     art.refine(lm, args, [RECORD], drafts, asked)
     assert ["GOLD-FACT" in lm.seen[i] for i in (0, 1, 3)] == shown
     assert not any(word in prompt for word in ("GOLD-STEP", "GOLD-QUESTION") for prompt in lm.seen)
+
+
+def test_the_upper_bound_sees_gold_sub_questions_and_no_more():
+    lm = FakeLM()
+    evaluate.refine_gold(lm, args_of(facts="none"), [RECORD], [{"text": "#### 16"}])
+    assert "GOLD-QUESTION-2?\nRevised" in lm.seen[0] and not re.search("GOLD-STEP|GOLD-FACT|98765", lm.seen[0])
 
 
 def test_draft_is_shown_or_not():
@@ -154,11 +158,11 @@ def chat(make_run, monkeypatch):
 
 
 def test_chat_rendering(chat):
-    """Exemplars are turns, the instruction stands in front of the first, and the date is fixed: it is in the key."""
+    """Exemplars are turns, each question is told what to do, and the date is fixed: it is in the key."""
     (text,) = chat.render(["Question: B?\nAnswer:\n"], [("Question: A?\nAnswer:\n", "#### 1")], "Be brief.")
     day = "26 Jul 2024"
-    assert text == (f"{day} {day}\n[user] Be brief.\n\nQuestion: A?\nAnswer:\n[assistant] #### 1\n"
-                    "[user] Question: B?\nAnswer:\n[assistant] ")
+    assert text == (f"{day} {day}\n[user] Question: A?\n\nBe brief.\n[assistant] #### 1\n"
+                    "[user] Question: B?\n\nBe brief.\n[assistant] ")
     assert chat.exemplars == []  # zero-shot by default
 
 
@@ -175,8 +179,3 @@ def test_a_prompt_does_not_depend_on_its_neighbours():
     art.refine(lm, args_of(), [BARE, RECORD], drafts, asked)
     art.refine(lm, args_of(), [BARE], drafts[:1], asked[:1])
     assert lm.seen[0] == lm.seen[2]
-
-
-def test_control_characters_cannot_reach_the_terminal(capsys):
-    art.show_record({"answer": "\x1b[2J\x07wiped\nnext\u202e"})
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", capsys.readouterr().out)

@@ -247,19 +247,6 @@ def test_training_is_qlora(kit):
     assert about["prior_odds"] == pytest.approx(labels.count(False) / labels.count(True))
 
 
-def test_figures_on_dev(kit):
-    """AUC of the Asker's word on the drafts of dev, and the pairs that the Truster orders right, counted again."""
-    dev = {record["id"]: record for record in art.load_task("toy", "dev", data=kit.data)}
-    samples = {row["id"]: row for row in art.read_jsonl(kit.runs / "toy/samples.jsonl", "") if row["id"] in dev}
-    wrong = [not row["draft"]["answer"] == dev[name]["answer"] for name, row in samples.items()]
-    pairs = [(a, b) for row in samples.values() for a, b in itertools.product(art.labels_of(row).items(), repeat=2)
-             if a[1] and not b[1]]
-    asker, truster = (json.loads((kit.runs / f"toy/default/{name}/args.json").read_text())["dev"]
-                      for name in ("asker", "truster"))
-    assert asker["n"] == 12 and asker["wrong_drafts"] == sum(wrong) / 12 and truster["pairs"] == len(pairs)
-    assert 0 <= asker["auc"] <= 1 and 0 <= truster["right_pairs"] <= 1
-
-
 @pytest.mark.parametrize("script", ["train_asker", "train_truster"])
 def test_other_settings_examples_or_weights_are_refused(copy, monkeypatch, capsys, tmp_path, script):
     """Each with its name, then and now; hours are at stake."""
