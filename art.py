@@ -39,11 +39,15 @@ ROOT = Path(__file__).resolve().parent
 
 # ======================================================================================================================
 # Part 1. The method. A step is a prompt, what a good answer to it looks like, how that answer is read, and a function
-# of lists: `lm` is a Model (part 3) or anything with its render, generate and choose; `args` are the flags (part 2).
-# A record is {"id", "question", "answer", "solution": [[sub-question, step], ...]} and, in StrategyQA, "facts".
+# of lists. A record is {"id", "question", "answer", "solution": [[sub-question, step], ...]} and, in StrategyQA,
+# "facts"; an exemplar has a "draft" besides, right or wrong. `args` are the flags (part 2). `lm` is a Model (part 3):
+#     lm.render(prompts, exemplars, instruction)     prompts as the model reads them
+#     lm.generate(prompts, max_new_tokens, stop)     k outputs each {"text", "stopped", "tokens", "logprob", ...}
+#     lm.choose(prompts, before, options)            {"p": probability of the first of two words} each
+#     truster.score(texts)                           {"score"} each
 # ======================================================================================================================
 
-# What a chat model is told behind a question; base models have exemplars instead. {end}: where the answer stands.
+# What a chat model is told behind the question; a base model is shown exemplars instead.
 INSTRUCTIONS = {
     "cot": "Answer the question. Reason step by step, and {end}",
     "decomp": "Ask the sub-questions that lead to the answer, answer them one after the other, then the question, and "
@@ -71,6 +75,9 @@ def question_block(record, facts=False):
 
 
 # --- Step 1, predict: an answer by chain of thought, or by `decomp`, where each line asks a sub-question and answers it
+
+
+# Facts are shown in step 3 (--facts refine), in steps 1 and 3 (both) or never (none); Asker and Truster never see them.
 
 
 def predict_prompt(record, strategy="cot", facts=False):
@@ -103,7 +110,7 @@ def sample_answers(lm, args, records, k, temperature):
 
 
 def solutions(lm, args, prompts, k=1, temperature=0.0):
-    """Continue prompts up to the answer line (a base model at most up to another question), and read the answer."""
+    """Continue prompts up to the answer line (a base model at most up to a blank line), and read the answer."""
     stop = ANSWER_LINE[TASKS[args.task]["answer"]] + r"[^\n]*\n" + ("" if lm.chat else r"|\n\n|\n(?=Question:)")
     made = lm.generate(prompts, args.max_new_tokens, stop, k, temperature)
     return [[{**one, "answer": extract_answer(args.task, one["text"])} for one in several] for several in made]
@@ -147,8 +154,8 @@ def subquestions_of(record):
 def ask(lm, args, records, drafts):
     """Step 2: sub-questions, and `p_refine`, the probability that the draft has to be refined (paper, section 3.2).
 
-    `p_refine` is Yes against No behind "Refine:", the odds times `lm.prior_odds`: training balances both classes, this
-    puts the share of wrong drafts back.
+    `p_refine` is Yes against No behind "Refine:", which is put behind the sub-questions. Its odds are multiplied by
+    `lm.prior_odds`: training balances both classes, this puts the share of wrong drafts back.
     """
     shots = [(ask_prompt(e, e["draft"]), ask_target(
         subquestions_of(e), not is_correct(args.task, e["draft"], e["answer"]))) for e in lm.exemplars]
@@ -183,15 +190,15 @@ def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
 
 
 def refine(lm, args, records, drafts, asked=None):
-    """Step 3: a revised answer along the sub-questions, or without any (paper, section 3.3)."""
-    facts, show_draft = args.facts != "none", args.show_draft == "yes"
-    asked = [row["subquestions"] for row in asked] if asked else [()] * len(records)
-    step = "refine" if any(asked) else "refine_plain"
-    shots = [(refine_prompt(e, e["draft"], subquestions_of(e) if any(asked) else (), facts, show_draft),
-              solution_text(e["solution"], e["answer"])) for e in lm.exemplars]
-    prompts = [refine_prompt(record, draft["text"], lines, facts, show_draft)
-               for record, draft, lines in zip(records, drafts, asked)]
-    return [one for (one,) in solutions(lm, args, lm.render(prompts, shots, instruction(args.task, step)))]
+    """Step 3: a revised answer along the sub-questions, or where there are none of the draft (paper, section 3.3)."""
+    facts, show_draft, prompts = args.facts != "none", args.show_draft == "yes", []
+    for record, draft, row in zip(records, drafts, asked or [{"subquestions": ()}] * len(records)):
+        lines = row["subquestions"]
+        shots = [(refine_prompt(e, e["draft"], subquestions_of(e) if lines else (), facts, show_draft),
+                  solution_text(e["solution"], e["answer"])) for e in lm.exemplars]
+        prompt = refine_prompt(record, draft["text"], lines, facts, show_draft)
+        prompts += lm.render([prompt], shots, instruction(args.task, "refine" if lines else "refine_plain"))
+    return [one for (one,) in solutions(lm, args, prompts)]
 
 
 # --- Step 4, trust: which of the two answers stands?
@@ -203,7 +210,7 @@ def trust_prompt(record, text):
 
 
 def trust(truster, args, records, drafts, refined):
-    """Step 4: the Truster's score of draft and refinement; the higher stands (paper, section 3.4)."""
+    """Step 4: the Truster's scores of draft and refinement (paper, section 3.4)."""
     old, new = (truster.score([trust_prompt(record, one["text"]) for record, one in zip(records, rows)])
                 for rows in (drafts, refined))
     return [{"draft": a["score"], "refined": b["score"], "prompt_tokens": a["prompt_tokens"] + b["prompt_tokens"]}
@@ -229,7 +236,10 @@ def trust_self(lm, args, records, drafts, refined):
 
 
 def ask_refine_trust(run, records, threshold):
-    """The paper's loop: {"draft", "asked", "refined", "trust", "final"} for each record, as far as it got."""
+    """The paper's loop: {"draft", "asked", "refined", "trust", "final"} for each record, as far as it got.
+
+    evaluate.py asks every step about every question instead, and applies the two rules below to the outputs.
+    """
     llm, args = run.model("llm"), run.args
     drafts = predict(llm, args, records, args.draft_temperature)
     asked = ask(run.model("asker"), args, records, drafts)
@@ -1540,7 +1550,8 @@ def make_trainer(model, examples, collate, loss, args, folder, steps):
                                 "last checkpoint is kept")
             if means:
                 said = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-                print(f"step {step}/{steps}  {said} (0.69 is a coin)", flush=True)
+                coin = " (0.69 is a coin)" if means.keys() - {"text"} else ""
+                print(f"step {step}/{steps}  {said}{coin}", flush=True)
                 self.curve.append({"step": step, **means})
 
     trainer = Trainer(model, settings, collate, examples)

@@ -22,13 +22,18 @@ import art
 MAX_K = 12  # samples of a test question, at most
 
 
+def draft(lm, args, records):
+    """Step 1 as the drafts are made."""
+    return art.predict(lm, args, records, args.draft_temperature)
+
+
 def refine_gold(lm, args, records, drafts):
     """Step 3 along the gold sub-questions: what would the best Asker bring?"""
     return art.refine(lm, args, records, drafts, [{"subquestions": art.subquestions_of(record)} for record in records])
 
 
 STAGES = {  # name: the model that is asked, the step, the stages it reads, where it stands in a record
-    "draft": ("llm", "draft", (), ("candidates", "draft")),
+    "draft": ("llm", draft, (), ("candidates", "draft")),
     "ask_self": ("llm", art.ask, ("draft",), ("ask", "self")),
     "refined_self": ("llm", art.refine, ("draft", "ask_self"), ("candidates", "refined_self")),
     "refined_plain": ("llm", art.refine, ("draft",), ("candidates", "refined_plain")),
@@ -40,7 +45,9 @@ STAGES = {  # name: the model that is asked, the step, the stages it reads, wher
     "trust_self": ("llm", art.trust_self, ("draft", "refined"), ("trust", "self")),
     "trust": ("truster", art.trust, ("draft", "refined"), ("trust", "truster")),
 }
-DEFAULT_ROWS = {  # name: who decides to refine the draft, what then stands in its place, who chooses between the two
+# Name: who decides to refine the draft, what then stands in its place, who chooses between the two ("newest": nobody,
+# the refinement stands). This applies the rules of art.ask_refine_trust to outputs that are there already.
+DEFAULT_ROWS = {
     "initial": ("never", "draft", "newest"),
     "self_refine": ("ask_self", "refined_self", "newest"),
     "refine_always": ("always", "refined", "newest"),
@@ -48,29 +55,29 @@ DEFAULT_ROWS = {  # name: who decides to refine the draft, what then stands in i
     "art": ("ask", "refined", "trust"),
     "random_gate": ("random", "refined", "newest"),  # as many as row asker refines: the mean over all such choices
     "oracle_gate": ("oracle", "refined", "newest"),  # oracle: looks at the gold answer, an upper bound
-    "asker_oracle": ("ask", "refined", "oracle"),
-    "oracle_choice": ("always", "refined", "oracle"),
+    "asker_oracle": ("ask", "refined", "oracle"),  # art with a perfect Truster: it has the threshold of row art
+    "oracle_choice": ("always", "refined", "oracle"),  # as right as oracle_gate, at the cost of refining all
 }
 ROWS = DEFAULT_ROWS | {
     "always_truster": ("always", "refined", "trust"),
-    "art_untuned": ("ask at 0.5", "refined", "trust"),  # the paper's rule: the Asker's own word
+    "art_untuned": ("ask at 0.5", "refined", "trust"),  # the paper's rule, the likelier word: nothing is set on dev
     "cheap_gate": ("cheap", "refined", "newest"),  # a regression on words and numbers decides
     "self_refine_plain": ("ask_self", "refined_plain", "newest"),
     "asker_plain": ("ask", "refined_plain", "newest"),
     "asker_self": ("ask", "refined", "trust_self"),
-    "logprob_choice": ("ask", "refined", "logprob"),
+    "logprob_choice": ("ask", "refined", "logprob"),  # the text with the higher log-probability in sum
     "gold_questions": ("always", "refined_gold", "newest"),  # an upper bound, too
     "majority": ("always", "majority", "newest"),  # the next three choose among k samples
     "weighted_vote": ("always", "weighted_vote", "newest"),
     "best_of_k": ("always", "best_of_k", "newest"),
-    "finetuned": ("always", "finetuned", "newest"),
+    "finetuned": ("always", "finetuned", "newest"),  # stage 1 of the Asker: the small model answers alone
     "end_to_end": ("always", "end_to_end", "newest"),
 }
 GROUPS = {"the paper's rows": ("initial", "self_refine", "refine_always", "asker", "art"),
           "controls": (*(row for row in ROWS if row not in (*DEFAULT_ROWS, "gold_questions")), "random_gate"),
           "upper bounds, which look at gold": ("oracle_gate", "asker_oracle", "oracle_choice", "gold_questions")}
 VOTES = ("majority", "weighted_vote", "best_of_k")
-ALONE = {"finetuned", "end_to_end", *VOTES}  # need no draft, and test alone
+TEST_ALONE = {"finetuned", "end_to_end"}  # stages without a threshold, so nobody asks them about dev
 
 
 # --- Statistics
@@ -129,18 +136,17 @@ class Evaluation:
     def __init__(self, run, dev, test):
         self.run, self.args, self.records = run, run.args, dev + test
         self.dev, self.test = slice(len(dev)), slice(len(dev), None)
-        self.said = {}
+        self.outputs = {}
 
     def __getitem__(self, name):
-        """One row a record; a stage that needs no draft has None for those of dev."""
-        if name not in self.said:
+        """What a stage said, one output a record; None for dev where nobody needs it."""
+        if name not in self.outputs:
             model, step, reads, _ = STAGES[name]
-            part = self.test if name in ALONE else slice(None)
+            part = self.test if name in TEST_ALONE else slice(None)
             inputs = [self[stage][part] for stage in reads]
-            step = functools.partial(art.predict, temperature=self.args.draft_temperature) if step == "draft" else step
             rows = step(self.run.model(model, name), self.args, self.records[part], *inputs)
-            self.said[name] = [None] * (len(self.records) - len(rows)) + rows
-        return self.said[name]
+            self.outputs[name] = [None] * (len(self.records) - len(rows)) + rows
+        return self.outputs[name]
 
     def right(self, name):
         """Which answers of a stage are right: array (n,) of bool."""
@@ -174,16 +180,16 @@ class Evaluation:
             return np.array(known[: len(self.records)]) > np.array(known[len(self.records):])
         return np.array([row["refined"] > row["draft"] for row in self[chooses]])
 
-    def gate(self, row, threshold=None):
-        """(decides to refine, takes the refinement), arrays (n,) of bool; and the threshold, set on dev."""
+    def gate(self, row):
+        """(decides to refine, takes the refinement), arrays (n,) of bool; and the threshold, --threshold or from dev."""
         decides, candidate, chooses = ROWS[row]
         initial, takes = self.right("draft"), self.takes(chooses, candidate)
         fixed = {"never": np.zeros_like(initial), "always": np.ones_like(initial), "oracle": ~initial}
         if decides in fixed:
             return fixed[decides], fixed[decides] & takes, None
-        p = self.p_refine(decides)
-        if decides == "ask at 0.5":
-            threshold = 0.5
+        p, threshold = self.p_refine(decides), 0.5 if decides == "ask at 0.5" else self.args.threshold
+        if row == "asker_oracle":
+            threshold = self.gate("art")[2]
         if threshold is None:
             gain = (self.right(candidate).astype(int) - initial) * takes
             threshold = best_threshold(p[self.dev], gain[self.dev])
@@ -239,9 +245,9 @@ def asks_of(candidate):
 def tokens_of(said, row, refine):
     """Tokens a question of test: every step up to the decision, and behind it those for what is refined."""
     decides, candidate, chooses = ROWS[row]
-    decides = {"ask at 0.5": "ask", "random": "ask"}.get(decides, decides)
-    before = {asks_of(candidate), decides, "draft"} & STAGES.keys()
-    if decides in ("oracle", "cheap"):  # the Asker writes sub-questions only for what is refined
+    decides = "ask" if decides == "ask at 0.5" else decides
+    before = {"draft", decides, asks_of(candidate)} & STAGES.keys()
+    if decides in ("oracle", "cheap", "random"):  # then the Asker is asked only where the draft is refined
         before = {"draft"}
     after = {asks_of(candidate), candidate, chooses} & STAGES.keys() - before
     spent = sum(said.tokens(name)[said.test] for name in before)
@@ -254,15 +260,15 @@ def make_row(said, row):
     initial, better = said.right("draft")[said.test], said.right(candidate)[said.test]
     made = {"row": row, "decides": decides, "candidate": candidate, "chooses": chooses,
             "strategy": said.args.strategy, "threshold": None}
-    if candidate in ALONE:
+    if candidate in TEST_ALONE:
         return {**made, **counts(said, candidate, better, initial), "refined": None,
                 "tokens": float(said.tokens(candidate)[said.test].mean())}, better
     if decides == "random":
-        share = said.gate("asker", said.args.threshold)[0][said.test].mean()
+        share = said.gate("asker")[0][said.test].mean()
         right = (1 - share) * initial + share * better
         return {**made, "accuracy": float(right.mean()), "ci95": wilson(right.sum(), len(right)), "n": len(right),
                 "refined": float(share), "tokens": float(tokens_of(said, row, share).mean())}, right
-    refine, take, threshold = said.gate(row, said.args.threshold)
+    refine, take, threshold = said.gate(row)
     refine, take = refine[said.test], take[said.test]
     right = np.where(take, better, initial)
     old, new = said["draft"][said.test], said[candidate][said.test]
@@ -284,12 +290,13 @@ def counts(said, answers, right, initial):
 
 
 def vote_row(said, row, budget):
-    """A row that chooses among the first k samples, with the first k that costs what `art` costs (MAX_K at most).
+    """A row that chooses among the first k samples: --vote-k, or the first k that costs what `art` does, MAX_K at most.
 
     On --vote-limit questions. As many samples are drawn as that cost needs by the tokens of the drafts.
     """
     args, records = said.args, said.records[said.test][: said.args.vote_limit]
     draft = np.mean([one["tokens"] for one in said["draft"][said.test][: len(records)]])
+    budget = math.inf if args.vote_k else budget
     most = args.vote_k or (MAX_K if budget == math.inf else min(MAX_K, max(2, math.ceil(budget / draft))))
     samples = art.sample_answers(said.run.model("llm", "samples of test"), args, records, most, args.temperature)
     scores = score_samples(said, records, samples) if row != "majority" else [None] * len(records)
@@ -390,13 +397,13 @@ def sentences(results):
     n = results["n"]
     lines = [f"{n:,} test questions; thresholds set on {results['n_dev']:,} others (dev). Mended, broken: wrong drafts "
              "made right, right drafts made wrong. Tokens: read and written by all models, a question."]
-    if "art" in made and "self_refine" in made:
+    if {"initial", "self_refine", "art"} <= made.keys():
         a, b = made["art"]["vs_initial"], made["art"]["vs_self_refine"]
         lines.append(f"ART gains {a['delta']:+.1%} over the draft (p = {a['p']:.2g}) and {b['delta']:+.1%} over "
                      f"self-refinement (p = {b['p']:.2g}); it refines {made['art']['refined']:.0%} of the drafts.")
-    if "oracle_gate" in made and "art" in made:
-        lines.append(f"A perfect decision would end at {made['oracle_gate']['accuracy']:.1%}, a perfect choice at "
-                     f"{made['oracle_choice']['accuracy']:.1%}." if "oracle_choice" in made else "")
+    if "oracle_gate" in made:
+        lines.append(f"With these refinements a perfect decision, or a perfect choice, would end at "
+                     f"{made['oracle_gate']['accuracy']:.1%}.")
     if results["auc"]:
         areas = ", ".join(f"{name} {art.show(value, '.3f')}" for name, value in results["auc"].items())
         lines.append(f"AUC of the decision (0.5 is a coin): {areas}.")
@@ -425,7 +432,7 @@ def sentences(results):
 def kinds_table(said, right):
     """Share and accuracies by kind of question, where the task tells the kinds; "" otherwise."""
     kinds = [record.get("kind") for record in said.records[said.test]]
-    if None in kinds or "art" not in right or "refine_always" not in right:
+    if None in kinds or not {"initial", "refine_always", "art"} <= right.keys():
         return ""
     lines = ["| kind of question | share | draft | refined | ART |", "| --- " * 5 + "|"]
     for kind in sorted(set(kinds)):
@@ -445,7 +452,7 @@ def rates(said, part):
     return {"mending": mending, "breaking": breaking, "odds": odds, "pays": mending > breaking * odds}
 
 
-def flips(said, take, right, each=10):
+def flips(said, right, each=10):
     """The questions on which `art` changed the verdict of a draft, broken ones first: the best reading of a run."""
     parts = {"broken": [], "mended": []}
     columns = [said[name][said.test] for name in ("draft", "ask", "refined", "trust")]
@@ -467,7 +474,7 @@ def as_records(said, right):
     for i, record in enumerate(said.records[said.test], said.dev.stop):
         row = {**record, "candidates": {}, "ask": {}, "trust": {}}
         for name, (_, _, _, (part, key)) in STAGES.items():
-            if name in said.said:
+            if name in said.outputs:
                 drop = ("settings", "prompt", "call", "number", "on", "seconds")
                 row[part][key] = {k: v for k, v in said[name][i].items() if k not in drop}
         row["right"] = {name: bool(column[i - said.dev.stop]) for name, column in right.items()
@@ -478,30 +485,35 @@ def as_records(said, right):
 
 def compare_runs(args):
     """Finished runs (names or folders): every row side by side, and the paired difference of --row in the first two."""
-    runs = []
+    runs, paths = [], []
     for name in args.compare:
         path = next((p for p in (args.runs / args.task / name, Path(name)) if (p / "results.json").is_file()), None)
         if path is None:
             raise art.UserError(f"no results.json of {name}: make it with: python evaluate.py --task {args.task} "
                                 f"--run {name}")
-        runs.append({row["row"]: row for row in json.loads((path / "results.json").read_text("utf-8"))["rows"]}
-                    | {"": art.load_run(path)})
+        paths.append(path)
+        runs.append({row["row"]: row for row in json.loads((path / "results.json").read_text("utf-8"))["rows"]})
     lines = [f"| row | {' | '.join(args.compare)} | mean | range |", "| --- " * (3 + len(runs)) + "|"]
     for row in [row for row in ROWS if all(row in run for run in runs)]:
         shares = [run[row]["accuracy"] for run in runs]
         cells = [f"{share:.1%}" for share in [*shares, np.mean(shares)]]
         lines.append(f"| {row} | {' | '.join(cells)} | {min(shares):.1%} to {max(shares):.1%} |")
     print("\n".join(lines))
-    first, second = runs[0][""], runs[1][""] if len(runs) > 1 else runs[0][""]
+    if len(runs) > 1:
+        print(paired(args, *(art.load_run(path) for path in paths[:2])))
+
+
+def paired(args, first, second):
+    """The difference of --row in two runs, given as columns, on the questions that both have."""
+    name = f"right.{args.row}"
     if list(first["id"]) != list(second["id"]):
         raise art.UserError("the runs are not on the same test questions: a paired difference needs that")
-    if len(runs) > 1:
-        name = f"right.{args.row}"
-        if name not in first or name not in second:
-            raise art.UserError(f"row {args.row} is not in both runs: add it with evaluate.py --rows {args.row}")
-        made = compare(second[name].astype(bool), first[name].astype(bool), args.seed)
-        print("\n{}, {} against {}: {:+.1%} ({:+.1%} to {:+.1%}), exact McNemar p = {:.3g}, n = {:,}".format(
-            args.row, args.compare[1], args.compare[0], made["delta"], *made["ci95"], made["p"], len(first["id"])))
+    if name not in first or name not in second:
+        raise art.UserError(f"row {args.row} is not in both runs: add it with evaluate.py --rows {args.row}")
+    both = [(old, new) for old, new in zip(first[name], second[name]) if old is not None and new is not None]
+    made = compare([new for _, new in both], [old for old, _ in both], args.seed)
+    return "\n{}, {} against {}: {:+.1%} ({:+.1%} to {:+.1%}), exact McNemar p = {:.3g}, n = {:,}".format(
+        args.row, args.compare[1], args.compare[0], made["delta"], *made["ci95"], made["p"], len(both))
 
 
 def parse_args():
@@ -509,7 +521,8 @@ def parse_args():
     add = parser.add_argument_group("evaluation").add_argument
     add("--rows", help=f"comma-separated, of {', '.join(ROWS)}, or all (default {', '.join(DEFAULT_ROWS)})")
     add("--compare", nargs="+", metavar="RUN", help="only compare finished runs, by name or folder")
-    add("--row", default="art", choices=ROWS, help="the row that --compare compares question by question (default art)")
+    add("--row", default="art", choices=[row for row in ROWS if row != "random_gate"],
+        help="the row that --compare compares question by question (default art)")
     add("--threshold", type=float, help="decide by this threshold on p_refine, in the place of the one set on dev")
     add("--asker-from", metavar="RUN", help="take Asker and finetuned of this run (of another task: ../TASK/RUN)")
     add("--truster-from", metavar="RUN", help="take the Truster of this run")
@@ -552,17 +565,16 @@ def main():
         "settings": {key: getattr(args, key, None) for key in art.LLM_KEYS},
         "rows": list(made.values()), "lacking": lacking,
         "auc": {name: art.auc(said.p_refine(stage)[said.test], wrong) for name, stage in deciders.items()
-                if stage in said.said or stage == "cheap"},
+                if stage in said.outputs or stage == "cheap"},
         "machines": sorted(set().union(*(model.machines for model in run.models.values()))),
         "training": {name: run.about(name) for name in ("asker", "truster", "finetuned", "end_to_end")
                      if (run.adapter(name) / "args.json").is_file()},
         **art.provenance()}
-    if "refined" in said.said and rates(said, said.dev) and rates(said, said.test):
+    if "refined" in said.outputs and rates(said, said.dev) and rates(said, said.test):
         results["rates"] = {"dev": rates(said, said.dev), "test": rates(said, said.test)}
     art.write(run.folder / "records.jsonl", as_records(said, right))
     if "art" in made:
-        take = said.gate("art", args.threshold)[1][said.test]
-        art.write(run.folder / "flips.txt", flips(said, take, right["art"]))
+        art.write(run.folder / "flips.txt", flips(said, right["art"]))
     text = table(results) + "\n" + kinds_table(said, right) + sentences(results)
     art.write(run.folder / "table.md", text)
     art.write(path, results)

@@ -105,7 +105,7 @@ def plain_generate(self, batch, settings):
         """Ends the rows in whose last tokens the pattern is found."""
 
         def __call__(stop, ids, scores, **more):
-            tails = self.text(ids[:, max(start, ids.shape[1] - 16):].tolist())
+            tails = self.tokenizer.batch_decode(ids[:, max(start, ids.shape[1] - 16):], skip_special_tokens=True)
             return torch.tensor([bool(re.search(settings["stop"], tail)) for tail in tails], device=ids.device)
 
     pad, places = self.tokenizer.pad_token_id, [(name, number) for name, _, numbers in batch for number in numbers]
@@ -119,7 +119,7 @@ def plain_generate(self, batch, settings):
     made = {}
     for place, row in zip(places, out):
         row = [token for token in row if token != pad]
-        text = self.text(row)
+        text = self.tokenizer.decode(row, skip_special_tokens=True)
         match = re.search(settings["stop"], text)
         made[place] = {"text": text[: match.end() if match else None].strip(), "tokens": len(row), "logprob": 0.0,
                        "stopped": bool(match) or len(row) < settings["max_new_tokens"], "prompt_tokens": start}

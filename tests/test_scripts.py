@@ -41,7 +41,7 @@ def test_later_scripts_take_the_settings_of_sample(copy, monkeypatch, capsys):
     """From llm.json; a flag wins over it, and another LLM has settings of its own."""
     copy.here(monkeypatch, "sample", "--max-new-tokens", "40", "--k", "1", "--temperature", "0.9", "--limit", "2")
     args = args_of(copy.runs)
-    assert (args.max_new_tokens, args.k, args.temperature, args.bits) == (40, 1, 0.9, 4)
+    assert (args.max_new_tokens, args.temperature, args.bits) == (40, 0.9, 4)
     assert args_of(copy.runs, "--max-new-tokens", "50").max_new_tokens == 50
     assert args_of(copy.runs, "--model", "other").max_new_tokens == art.PRESETS["toy"]["max_new_tokens"]
     copy.here(monkeypatch, "sample", "--limit", "2")  # sample itself begins with the preset
@@ -118,7 +118,6 @@ DATA = {  # what is wrong with test.jsonl, and what is said
     "a word behind": (change('{"id": "x", "question": "?", "answer": "1.5 million"}'), "the answer '1.5 million'"),
     "an id twice": (lambda records: [*records, records[0]], "an id stands for two records"),
     "empty": (lambda records: [], "test.jsonl is empty: make it with: python data/toy/prepare.py"),
-    "an id of dev": (lambda records: [records[0].replace("toy-test-0", "toy-dev-0"), *records[1:]], "toy-dev-0"),
 }
 
 
@@ -203,7 +202,7 @@ def test_decomposition_and_hidden_drafts_are_asked_anew(copy, monkeypatch, capsy
     capsys.readouterr()
     copy.here(monkeypatch, "evaluate", "--show-draft", "no")
     asked = asked_of(capsys.readouterr().out)
-    assert asked["refined"] == 24 and not asked.keys() & {"draft", "ask", "ask_self"}
+    assert asked["refined_self"] > 0 and not asked.keys() - {"refined", "refined_self", "trust"}
     copy.here(monkeypatch, "evaluate", "--strategy", "decomp", "--rows", "initial")
     assert asked_of(capsys.readouterr().out) == {"draft": 24}
     assert copy.results()["initial"]["strategy"] == "decomp" and list(copy.results()) == ["initial"]
@@ -225,7 +224,8 @@ def test_readme(copy, monkeypatch, capsys):
     shutil.rmtree(copy.runs)
     for script, *flags in readme():
         name = flags[0] if script == "art.py" else script.removesuffix(".py")
-        own = copy.command(name) if name in MAINS else ["", "--out", str(copy.data / "toy" * ("toy" in script))]
+        out = copy.data / ("toy" if "toy" in script else "")
+        own = copy.command(name) if name in MAINS else ["", "--out", str(out)]
         sizes = ["--train", "40", "--dev", "12", "--test", "12"] if script == "data/toy/prepare.py" else []
         files = ["--files", str(copy.folder / "nowhere")] if script == "data/prepare.py" else []
         monkeypatch.setattr(sys, "argv", [script, *flags, *own[1 + (script == "art.py"):], *sizes, *files])

@@ -23,6 +23,10 @@ KEY = "sk-fake-0123456789"
 RECORD = {"id": "x", "question": "Ann picked 7 pens. Ben picked 2 fewer pens than Ann. How many pens did Ben pick?"}
 
 
+CUES = {art.instruction("toy", step): cue for step, cue in (  # a chat is told what to do in the place of the cue
+    ("cot", "Answer:"), ("ask", "Sub-questions:"), ("refine", "Revised answer:"), ("refine_plain", "Revised answer:"))}
+
+
 class Server(http.server.ThreadingHTTPServer):
     """It answers each prompt by its last line. `fault(number, body)` may give (status, JSON or text) instead;
     `tokens` are [(token, {token: log-probability}), ...] of every answer, where log-probabilities are asked for."""
@@ -33,6 +37,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.fault, self.tokens, self.asked, self.lock = fault, tokens, [], threading.Lock()
         self.texts = {"Answer:": "7 - 2 = 5\n#### 5\n", "Revised answer:": "#### 5\n", "Refine:": " Yes",
+                      "Refine: Yes or No? Answer with this one word.": " Yes",
                       "Sub-questions:": "How many?\nRefine: Yes"} | (texts or {})
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -63,8 +68,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def reply(self, body):
         chat, tokens = "messages" in body, self.server.tokens if body.get("logprobs") else None
-        prompt = body["messages"][-1]["content"] if chat else body["prompt"]
-        text = self.server.texts.get(prompt.splitlines()[-1], "")
+        last = (body["messages"][-1]["content"] if chat else body["prompt"]).splitlines()[-1]
+        text = self.server.texts.get(CUES.get(last, last), "")
         choice = {"index": 0, "finish_reason": "stop"}
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         if tokens and chat:
@@ -79,12 +84,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(autouse=True)
-def no_key_is_told(monkeypatch, tmp_path, capfd):
+def no_key_is_told(monkeypatch, tmp_path, capsys):
     """No proxy, and a key that must be neither in what any test prints nor in a file that it writes."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "*")
     yield
-    told = [*capfd.readouterr(), *(p.read_text("utf-8", "replace") for p in tmp_path.rglob("*.json*") if p.is_file())]
+    told = [*capsys.readouterr(), *(p.read_text("utf-8", "replace") for p in tmp_path.rglob("*.json*") if p.is_file())]
     assert not any(KEY in text for text in told)
 
 
@@ -107,7 +112,7 @@ def predict(lm, *questions):
 
 @pytest.mark.parametrize("chat", ["yes", "no"])
 def test_requests(llm_at, chat):
-    """Turns with the instruction in front and an exemplar as turns, or plain text; greedy; room for the answer."""
+    """Turns that end in the instruction, an exemplar as turns; or plain text. Greedy, with room for the answer."""
     with Server() as server:
         lm = llm_at(server, chat=chat, shots=1, task="gsm8k")
         (made,) = predict(lm)
@@ -117,7 +122,7 @@ def test_requests(llm_at, chat):
     if chat == "yes":
         assert sent["path"] == "/v1/chat/completions" and sent["max_completion_tokens"] == 48
         assert [turn["role"] for turn in sent["messages"]] == ["user", "assistant", "user"]
-        assert sent["messages"][0]["content"].startswith(art.instruction("gsm8k", "cot"))
+        assert sent["messages"][-1]["content"].endswith(art.instruction("gsm8k", "cot"))
         assert sent["messages"][1]["content"].endswith("#### 15")
     else:
         assert sent["path"] == "/v1/completions" and sent["max_tokens"] == 48 and sent["stop"] == ["\nQuestion:"]
@@ -177,13 +182,13 @@ def refuse_nine(number, body):
 
 
 @pytest.mark.parametrize("order", [(7, 8, 9), (9, 8, 7)])
-def test_a_question_that_is_refused_has_failed(llm_at, capfd, order):
+def test_a_question_that_is_refused_has_failed(llm_at, capsys, order):
     """It counts as wrong and is asked again by the next start, wherever it stands; the others are kept."""
     questions = [f"Ann picked {n} pens. How many?" for n in order]
     with Server(refuse_nine) as server:
         made = predict(llm_at(server, concurrency=1), *questions)
         assert [bool(one.get("failed")) for one in made] == [n == 9 for n in order]
-        assert "rejected a question" in (err := capfd.readouterr().err) and KEY not in err
+        assert "rejected a question" in (err := capsys.readouterr().err) and KEY not in err
         server.fault, before = None, len(server.asked)
         assert [one["answer"] for one in predict(llm_at(server), *questions)] == ["5"] * 3
         assert len(server.asked) == before + 1
@@ -263,12 +268,11 @@ def test_server_stops_half_way(copy, monkeypatch, capsys):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     with Server(lambda number, body: number > 5 and (503, {})) as server:
         assert "what is finished is kept" in refused(monkeypatch, capsys, copy, "sample", *flags, server.url)
-        (path,) = copy.runs.glob("toy/said/x-*.jsonl")
-        kept = path.read_text().count('"text"')
-        assert 0 < kept <= 5
+        kept = {(str(sent["messages"]), sent["seed"]) for sent in server.asked[:5]}
         server.fault, server.asked = None, []
         copy.here(monkeypatch, "sample", *flags, server.url)
-        assert len(server.asked) == 8 * 2 + 4 - kept  # samples of train and dev, and the drafts of dev
+    asked = {(str(sent["messages"]), sent["seed"]) for sent in server.asked}
+    assert not asked & kept and len(asked | kept) == 8 * 2 + 4  # samples of train and dev, and the drafts of dev
 
 
 def test_all_scripts_take_a_server(copy, monkeypatch, capsys):

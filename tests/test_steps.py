@@ -73,11 +73,12 @@ def test_loop_keeps_the_records_apart():
 def ask_all_stages(record, **changes):
     """The prompts of everything that evaluate.py and solve ask about a record."""
     lm = FakeLM(exemplars=art.load_exemplars("gsm8k", changes.pop("shots", 0)))
-    said = evaluate.Evaluation(run_of(lm, **changes), [], [record])
+    run = run_of(lm, **changes)
+    said = evaluate.Evaluation(run, [], [record])
     for stage in evaluate.STAGES:
         if stage != "refined_gold":  # an upper bound, see below
             said[stage]
-    art.ask_refine_trust(run_of(lm), [record], 0.5)
+    art.ask_refine_trust(run, [record], 0.5)
     return lm.seen
 
 
@@ -88,7 +89,7 @@ def test_gold_never_reaches_a_prompt(strategy, shots, show_draft):
     """A record with its gold fields and one without them give the same prompts in every stage of every row."""
     settings = {"strategy": strategy, "shots": shots, "show_draft": show_draft, "facts": "none"}
     with_gold, bare = ask_all_stages(RECORD, **settings), ask_all_stages(BARE, **settings)
-    assert len(with_gold) == 21 and with_gold == bare
+    assert len(with_gold) == 20 and with_gold == bare
     assert not any(re.search("GOLD|98765", prompt) for prompt in with_gold)
 
 
