@@ -620,7 +620,7 @@ DEFAULTS = {"bits": 4, "chat": "auto", "strategy": "cot", "facts": "refine", "sh
 
 def parse(parser, argv=None, training="asker"):
     """Arguments, completed by llm.json (but for `sample`, which writes it), the preset and DEFAULTS, in this order."""
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # flags may stand between solve and its question
     path = args.runs / args.task / "llm.json"
     kept = {} if getattr(args, "command", "") == "sample" or not path.is_file() else json.loads(path.read_text("utf-8"))
     if getattr(args, "base_url", None) and not args.model and not kept.get("base_url"):

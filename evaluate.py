@@ -181,7 +181,7 @@ class Evaluation:
         return np.array([row["refined"] > row["draft"] for row in self[chooses]])
 
     def gate(self, row):
-        """(decides to refine, takes the refinement), arrays (n,) of bool; and the threshold, --threshold or from dev."""
+        """(decides to refine, takes the refinement), arrays (n,) of bool; and the threshold (--threshold or dev)."""
         decides, candidate, chooses = ROWS[row]
         initial, takes = self.right("draft"), self.takes(chooses, candidate)
         fixed = {"never": np.zeros_like(initial), "always": np.ones_like(initial), "oracle": ~initial}
