@@ -1505,7 +1505,7 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
         trainer.report()
     model.save_pretrained(folder)
     seconds = [row["train_runtime"] for row in trainer.state.log_history if "train_runtime" in row]
-    return {"steps": steps, "examples": len(examples), "tokens": trainer.state.num_input_tokens_seen,
+    return {"steps": steps, "trained_on": len(examples), "tokens": trainer.state.num_input_tokens_seen,
             "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
             "curve": trainer.curve, "seconds": sum(seconds), "resumed_at": last[0] if last else 0,
             "peak_memory": peak_memory()}

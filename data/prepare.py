@@ -79,6 +79,17 @@ def strategyqa(raw):
             "answer": "yes" if raw["answer"] else "no", "solution": [[text, ""] for text in asked]}
 
 
+def read_official(path):
+    """The items of StrategyQA's own training file, in its order."""
+    try:
+        items = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise art.UserError(f"cannot read {path}: {error}") from None
+    if not all(isinstance(item, dict) and {"answer", "decomposition", "facts"} <= item.keys() for item in items):
+        raise art.UserError(f"{path} is not the official training file: its items need answer, decomposition and facts")
+    return items
+
+
 def write_splits(folder, train, test, dev_size):
     """Carve dev from train, drop from train what stands in test, and write the three splits."""
     seen = {art.question_hash(record) for record in test}
@@ -102,7 +113,7 @@ def main():
     parser.add_argument("--out", metavar="DIR", default=HERE, type=Path, help="folder of the tasks (default data)")
     args = parser.parse_args()
     if args.task == "strategyqa":
-        raw = json.loads(args.official.read_text("utf-8")) if args.official else sorted(
+        raw = read_official(args.official) if args.official else sorted(
             (item for name in ("train.json", "dev.json") for item in json.loads(fetch(STRATEGYQA, name, args.files))),
             key=lambda item: item["qid"])
         records = [strategyqa(item) for item in raw]
@@ -112,6 +123,8 @@ def main():
             fetch(GSM8K, f"{split}_socratic.jsonl", args.files).strip().split("\n"))]
             for split in (["test"] if args.task == "gsm8k-offline" else ["train", "test"])}
         train, test, dev = splits.get("train"), splits["test"], DEV["gsm8k"]
+        if train is None and args.offline_split >= len(test):
+            raise art.UserError(f"--offline-split {args.offline_split} leaves none of {len(test)} questions for test")
         if train is None:
             train, test, dev = test[: args.offline_split], test[args.offline_split:], args.offline_split // 5
     write_splits(args.out / args.task, train, test, dev)

@@ -50,17 +50,10 @@ def test_gsm8k(prepare):
     assert {record["question"] for record in train + dev} == {"A?", "B?", "C?", "D?", "F?"}
     assert test[1] == {"id": "gsm8k-test-1", "question": "is it e", "answer": "1001",
                        "solution": [["How many?", "1 + 1 = 2 pens"]]}
-
-
-def test_gsm8k_offline(prepare):
-    """A task out of the test questions alone: the first N to learn from, a fifth of them dev."""
+    # a task out of the test questions alone: the first N to learn from
     files = {"test_socratic.jsonl": socratic(*(f"Question {i}?" for i in range(14)))}
     splits = prepare("gsm8k-offline", files, "--files", prepare.files, "--offline-split", "10")
-    assert [len(records) for records in splits] == [8, 2, 4]
-    assert len({record["question"] for records in splits for record in records}) == 14
-    assert splits[2][0]["question"] == "Question 10?"
-    again = prepare("gsm8k-offline", files, "--files", prepare.files, "--offline-split", "10")
-    assert again == splits
+    assert [len(records) for records in splits] == [8, 2, 4] and splits[2][0]["question"] == "Question 10?"
 
 
 @pytest.mark.parametrize(("text", "answer", "solution"), [
@@ -155,9 +148,3 @@ def test_toy_splits_are_disjoint_and_right(monkeypatch):
     rng = random.Random(0)
     seen = {pretrain.document(rng).split("\n")[0].removeprefix("Question: ") for _ in range(2000)}
     assert len(questions) == 600 and not seen & questions and not any(map(prepare.for_pretraining, questions))
-
-
-def test_bundled_model_is_small_and_safe():
-    files = list((ROOT / "data/toy/base").iterdir())
-    assert sum(f.stat().st_size for f in files if not f.name.startswith("checkpoint")) < 10e6
-    assert any(f.name == "model.safetensors" for f in files) and not any(f.suffix == ".bin" for f in files)

@@ -65,15 +65,6 @@ def test_other_settings_are_asked_anew_and_named(model_of, capsys, changes):
     assert "0 of 3 known, asking 3" in out
 
 
-def test_the_sample_seed_is_in_the_key_of_samples_alone(model_of):
-    model_of(Backend()).generate(PROMPTS, 9)
-    model_of(sample_seed=1).generate(PROMPTS, 9)  # greedy
-    model_of(Backend()).generate(PROMPTS, 9, temperature=1.0)
-    again = model_of(backend := Backend(), sample_seed=1)
-    again.generate(PROMPTS, 9, temperature=1.0)
-    assert len(backend.asked) == 3
-
-
 def test_a_prompt_is_the_text_and_how_the_answer_has_begun(model_of):
     model_of(Backend()).choose(PROMPTS, ":", ("A", "B"), ["x:"] * 3)
     model_of(backend := Backend()).choose(PROMPTS, ":", ("A", "B"), ["x:", "y:", "x:"])
@@ -109,19 +100,6 @@ def test_a_failed_answer_is_not_kept(model_of):
     made = model_of(Backend(fail=["two"])).generate(PROMPTS, 9)
     assert [one["failed"] for (one,) in made if "failed" in one] == [True]
     assert model_of(backend := Backend()).generate(PROMPTS, 9)[1][0]["text"] == "two 0" and backend.asked == ["two"]
-
-
-def test_stopped_in_the_middle(model_of):
-    """What was written before an error is kept."""
-    class Broken(Backend):
-        def answers(self, *args):
-            yield next(super().answers(*args))
-            raise art.UserError("the server is gone")
-
-    with pytest.raises(art.UserError):
-        model_of(Broken()).generate(PROMPTS, 9)
-    model_of(backend := Backend()).generate(PROMPTS, 9)
-    assert backend.asked == ["two", "three"]
 
 
 def test_a_batch_that_is_not_whole_is_computed_whole(model_of):
@@ -164,13 +142,6 @@ def test_a_second_process_is_refused(model_of):
     assert model.said.path.read_bytes() == before
     holder.communicate("\n")
     model.generate(["four"], 9)
-
-
-def test_nothing_is_asked_offline(model_of):
-    model = model_of()
-    model.run.offline, model.label = True, "drafts"
-    with pytest.raises(art.Missing, match="drafts"):
-        model.generate(PROMPTS, 9)
 
 
 def base_at(folder, change=1.0):

@@ -48,20 +48,8 @@ def test_later_scripts_take_the_settings_of_sample(copy, monkeypatch, capsys):
     assert args_of(copy.runs).max_new_tokens == art.PRESETS["toy"]["max_new_tokens"]
 
 
-@pytest.mark.parametrize("preset", art.PRESETS)
-def test_presets_are_complete(tmp_path, preset):
-    for training in ("asker", "truster"):
-        parser = art.make_parser("", training)
-        args = art.parse(parser, ["--runs", str(tmp_path), "--preset", preset], training)
-        assert None not in {value for name, value in vars(args).items() if name not in ("limit", "limit_train")}
-    args = args_of(tmp_path, "--preset", preset)
-    assert {name for name, value in vars(args).items() if value is None} <= {
-        "limit", "limit_train", "base_url", "shots", "seed"}
-
-
-def test_a_model_that_knows_nothing_of_the_task_is_named(copy, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        copy.here(monkeypatch, "sample", "--task", "gsm8k")
+def test_a_model_that_knows_nothing_of_the_task_is_named(copy, capsys):
+    args_of(copy.runs, "--task", "gsm8k")
     assert "warning: the toy's model knows nothing of gsm8k" in capsys.readouterr().err
 
 
@@ -80,6 +68,7 @@ MISTAKES = [  # script and flags; what its line says
     (["evaluate", "--run", "new"], "python train_asker.py --task toy --run new"),
     (["evaluate", "--truster-from", "new"], "python train_truster.py --task toy --run new"),
     (["evaluate", "--rows", "finetuned", "--asker-from", "new"], "--run new --task-epochs 1"),
+    (["train_asker", "--run", "x", "--data", "MORE"], "lacks 1 of 53 questions"),
     (["solve"], "give a question"),
     (["solve", "--run", "new", "How many?"], "train_asker.py"),
     (["sample", "--temperature", "none"], "--temperature none is for servers"),
@@ -91,53 +80,36 @@ MISTAKES = [  # script and flags; what its line says
 @pytest.mark.parametrize(("command", "said"), MISTAKES, ids=[" ".join(command) for command, _ in MISTAKES])
 def test_mistakes(copy, monkeypatch, capsys, tmp_path, command, said):
     (tmp_path / "EMPTY").mkdir()
-    command = [str(tmp_path / word) if word == "EMPTY" else word for word in command]
+    shutil.copytree(copy.data, tmp_path / "MORE")
+    with open(tmp_path / "MORE/toy/train.jsonl", "a") as file:
+        file.write('{"id": "new", "question": "?", "answer": "1"}\n')
+    command = [str(tmp_path / word) if word in ("EMPTY", "MORE") else word for word in command]
     assert said in refused(monkeypatch, capsys, copy, *command)
 
 
-@pytest.mark.parametrize("flags", [["--no-such", "1"], ["--limit", "0"], ["--limit", "1.5"], ["--temperature", "-1"],
-                                   ["--rows"], ["--task", "nothing"]])
-def test_flags_that_are_none(copy, monkeypatch, capsys, flags):
-    with pytest.raises(SystemExit) as end:
-        copy.here(monkeypatch, "evaluate", *flags)
-    assert end.value.code == 2 and flags[0] in capsys.readouterr().err
-
-
-def change(line):
-    """A change of the second line of a split."""
-    return lambda records: [*records[:1], line(records[1]) if callable(line) else line, *records[2:]]
-
-
-DATA = {  # what is wrong with test.jsonl, and what is said
-    "no JSON": (change('{"id": "x", '), "test.jsonl, line 2: not a JSON object"),
-    "no object": (change("[1]"), "test.jsonl, line 2: not a JSON object"),
-    "half a character": (change('{"id": "x", "question": "\\ud800", "answer": "1"}'), "line 2: not a JSON object"),
-    "a key lacks": (change('{"id": "x"}'), "test.jsonl, line 2: no answer, question"),
-    "no number": (change('{"id": "x", "question": "?", "answer": "A"}'), "line 2: the answer 'A'"),
-    "two numbers": (change('{"id": "x", "question": "?", "answer": "3,5"}'), "line 2: the answer '3,5'"),
-    "a word behind": (change('{"id": "x", "question": "?", "answer": "1.5 million"}'), "the answer '1.5 million'"),
-    "an id twice": (lambda records: [*records, records[0]], "an id stands for two records"),
-    "empty": (lambda records: [], "test.jsonl is empty: make it with: python data/toy/prepare.py"),
+LINES = {  # the second line of test.jsonl, and what is said of it
+    '{"id": "x", ': "test.jsonl, line 2: not a JSON object", "[1]": "line 2: not a JSON object",
+    '{"id": "x", "question": "\\ud800", "answer": "1"}': "line 2: not a JSON object",  # half a character
+    '{"id": "x"}': "test.jsonl, line 2: no answer, question",
+    '{"id": "x", "question": "?", "answer": "A"}': "line 2: the answer 'A'",
+    '{"id": "x", "question": "?", "answer": "3,5"}': "line 2: the answer '3,5'",
+    '{"id": "x", "question": "?", "answer": "1.5 million"}': "line 2: the answer '1.5 million'",
+    '{"id": "toy-test-0", "question": "?", "answer": "1"}': "an id stands for two records",
 }
 
 
-@pytest.mark.parametrize("wrong", DATA)
-def test_data_that_cannot_be_used(copy, monkeypatch, capsys, wrong):
+@pytest.mark.parametrize("line", [*LINES, None], ids=str)
+def test_data_that_cannot_be_used(copy, monkeypatch, capsys, line):
     path = copy.data / "toy/test.jsonl"
-    how, said = DATA[wrong]
-    path.write_text("\n".join(how(path.read_text().splitlines())))
-    assert said in refused(monkeypatch, capsys, copy, "evaluate")
+    path.write_text(f"{path.read_text().splitlines()[0]}\n{line}\n" if line else "")
+    assert LINES.get(line, "is empty: make it with: python data/toy/prepare.py") in refused(
+        monkeypatch, capsys, copy, "evaluate")
 
 
 def test_an_id_in_train_and_dev_is_refused(copy, monkeypatch, capsys):
     """Else a question of train would learn from the samples of another."""
     edit(copy.data / "toy/dev.jsonl", "toy-dev-3", "toy-train-3")
     assert "toy-train-3" in refused(monkeypatch, capsys, copy, "sample")
-
-
-def test_samples_of_fewer_questions(copy, monkeypatch, capsys):
-    copy.here(monkeypatch, "sample", "--limit", "5")
-    assert "lacks 42 of 52 questions" in refused(monkeypatch, capsys, copy, "train_asker", "--run", "x")
 
 
 def test_pickled_weights_are_refused(copy, monkeypatch, capsys, tmp_path):

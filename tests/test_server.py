@@ -113,12 +113,14 @@ def predict(lm, *questions):
 @pytest.mark.parametrize("chat", ["yes", "no"])
 def test_requests(llm_at, chat):
     """Turns that end in the instruction, an exemplar as turns; or plain text. Greedy, with room for the answer."""
-    with Server() as server:
+    with Server(tokens=[("5", {"5": -0.5}), (".", {".": -0.5})]) as server:
         lm = llm_at(server, chat=chat, shots=1, task="gsm8k")
         (made,) = predict(lm)
-        (sent,) = server.asked
+        sent = server.asked[0]
+        art.sample_answers(lm, lm.run.args, [RECORD, {"question": "Two?"}], 3, 0.7)
+    assert len({one["seed"] for one in server.asked[1:]}) == 6 and server.asked[1]["temperature"] == 0.7
     assert (made["text"], made["answer"], made["stopped"]) == ("7 - 2 = 5\n#### 5", "5", True)
-    assert (made["tokens"], made["prompt_tokens"], sent["temperature"]) == (5, 11, 0)
+    assert (made["tokens"], made["prompt_tokens"], made["logprob"], sent["temperature"]) == (5, 11, -1.0, 0)
     if chat == "yes":
         assert sent["path"] == "/v1/chat/completions" and sent["max_completion_tokens"] == 48
         assert [turn["role"] for turn in sent["messages"]] == ["user", "assistant", "user"]
@@ -142,12 +144,6 @@ def test_decision_from_log_probabilities(llm_at, chat, others, p):
     assert asked["prompt_tokens"] == 22  # of the sub-questions, and of the decision behind them
     if chat == "yes":
         assert server.asked[1]["messages"][-1]["content"].startswith("Refine: Yes or No?")
-
-
-def test_logprob_of_a_text(llm_at):
-    with Server(tokens=[("5", {"5": -0.5}), (".", {".": -0.5})]) as server:
-        assert predict(llm_at(server))[0]["logprob"] == -1.0
-        assert predict(llm_at(server, chat="no"))[0]["logprob"] == -1.0
 
 
 def refuse_logprobs(number, body):
@@ -242,13 +238,6 @@ def test_temperature_none(llm_at):
         refined = art.refine(lm, lm.run.args, [RECORD], drafts, [asked])
         art.trust_self(lm, lm.run.args, [RECORD], drafts, refined)
         assert refined[0]["answer"] == "5" and asked["subquestions"] == ["How many?"]
-
-
-def test_samples_have_seeds_of_their_own(llm_at):
-    with Server() as server:
-        lm = llm_at(server)
-        art.sample_answers(lm, lm.run.args, [RECORD, {"question": "Two?"}], 3, 0.7)
-    assert len({sent["seed"] for sent in server.asked}) == 6 and server.asked[0]["temperature"] == 0.7
 
 
 def test_half_a_character(llm_at, copy, monkeypatch, capsys):

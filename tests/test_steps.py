@@ -57,17 +57,11 @@ def test_loop(p, truster, final):
     judge.score = lambda texts: [{"score": truster * len(text), "prompt_tokens": 5} for text in texts]
     judge.texts = {}
     llm = FakeLM(texts={**FakeLM.texts, "Revised answer:": "Ben has 7 - 2 = 5, 7 + 5 = 12.\n#### 12"})
-    (row,) = art.ask_refine_trust(run_of(llm, FakeLM(p=p), judge), [RECORD], 0.5)
-    assert row["final"]["answer"] == final and ("refined" in row) == ("trust" in row) == (p >= 0.5)
-    assert len(llm.seen) == 1 + (p >= 0.5)
-
-
-def test_loop_keeps_the_records_apart():
-    """Of three records the second alone is refined, and gets its own refinement."""
     asker = FakeLM()
-    asker.choose = lambda prompts, *rest: [{"p": float("B?" in prompt), "prompt_tokens": 7} for prompt in prompts]
-    rows = art.ask_refine_trust(run_of(FakeLM(), asker), [{"question": q} for q in ("A?", "B?", "C?")], 0.5)
-    assert ["refined" in row for row in rows] == [False, True, False]
+    asker.choose = lambda prompts, *rest: [{"p": p * ("Ann" in prompt), "prompt_tokens": 7} for prompt in prompts]
+    other, row = art.ask_refine_trust(run_of(llm, asker, judge), [{"question": "Who?"}, RECORD], 0.5)
+    assert row["final"]["answer"] == final and ("refined" in row) == ("trust" in row) == (p >= 0.5)
+    assert len(llm.seen) == 2 + (p >= 0.5) and "refined" not in other
 
 
 def ask_all_stages(record, **changes):
@@ -75,11 +69,13 @@ def ask_all_stages(record, **changes):
     lm = FakeLM(exemplars=art.load_exemplars("gsm8k", changes.pop("shots", 0)))
     run = run_of(lm, **changes)
     said = evaluate.Evaluation(run, [], [record])
-    for stage in evaluate.STAGES:
-        if stage != "refined_gold":  # an upper bound, see below
-            said[stage]
+    for stage in evaluate.STAGES.keys() - {"refined_gold"}:
+        said[stage]
     art.ask_refine_trust(run, [record], 0.5)
-    return lm.seen
+    seen, lm.seen = sorted(lm.seen), []
+    evaluate.refine_gold(lm, run.args, [RECORD], said["draft"])  # an upper bound: gold sub-questions, and no more
+    assert "GOLD-QUESTION" in lm.seen[0] and not re.search("GOLD-STEP|GOLD-FACT|98765", lm.seen[0])
+    return seen
 
 
 @pytest.mark.parametrize("strategy", ["cot", "decomp"])
@@ -102,12 +98,6 @@ def test_facts_stand_where_they_are_allowed(facts, shown):
     art.refine(lm, args, [RECORD], drafts, asked)
     assert ["GOLD-FACT" in lm.seen[i] for i in (0, 1, 3)] == shown
     assert not any(word in prompt for word in ("GOLD-STEP", "GOLD-QUESTION") for prompt in lm.seen)
-
-
-def test_the_upper_bound_sees_gold_sub_questions_and_no_more():
-    lm = FakeLM()
-    evaluate.refine_gold(lm, args_of(facts="none"), [RECORD], [{"text": "#### 16"}])
-    assert "GOLD-QUESTION-2?\nRevised" in lm.seen[0] and not re.search("GOLD-STEP|GOLD-FACT|98765", lm.seen[0])
 
 
 def test_draft_is_shown_or_not():
@@ -164,13 +154,8 @@ def test_chat_rendering(chat):
     day = "26 Jul 2024"
     assert text == (f"{day} {day}\n[user] Question: A?\n\nBe brief.\n[assistant] #### 1\n"
                     "[user] Question: B?\n\nBe brief.\n[assistant] ")
-    assert chat.exemplars == []  # zero-shot by default
-
-
-def test_base_model_has_exemplars_in_front(make_run):
-    assert art.plain_text("Question: B?", [("Question: A?\nAnswer:\n", "#### 1")]) == (
-        "Question: A?\nAnswer:\n#### 1\n\nQuestion: B?")
-    assert len(make_run(shots=None, task="gsm8k").model("llm").exemplars) == 8
+    assert chat.exemplars == []  # zero-shot by default; a base model has exemplars in front
+    assert art.plain_text("Question: B?", [("Question: A?\nAnswer:\n", "#### 1")]).endswith("#### 1\n\nQuestion: B?")
 
 
 def test_a_prompt_does_not_depend_on_its_neighbours():

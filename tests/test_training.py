@@ -54,8 +54,11 @@ def test_right_and_wrong_drafts_weigh_the_same(tokenizer):
     weights = {kind: [e["weight"] for e, text in zip(examples, texts) if f"Refine: {kind}" in text]
                for kind in ("Yes", "No")}
     assert sum(weights["Yes"]) == pytest.approx(sum(weights["No"])) and len(weights["Yes"]) == 3
-    for example in examples:  # the decision is the last word
-        assert tokenizer.decode(example["input_ids"][-2:-1]).strip() in ("Yes", "No")
+    assert {tokenizer.decode(e["input_ids"][-2:-1]).strip() for e in examples} == {"Yes", "No"}  # the last word
+    whole = examples_of(tokenizer, end_to_end=True)[0]  # here the decision is text like any other
+    assert tokenizer.decode(whole["input_ids"][-whole["target"]:-1]) == (
+        "#### 1\nSub-questions:\nHow many pens?\nRefine: Yes\nRevised answer:\n1 + 1 = 2 pens.\n#### 2")
+    assert whole["weight"] == 0
 
 
 def test_loss_of_the_asker_against_a_loop(base, tokenizer):
@@ -73,13 +76,6 @@ def test_loss_of_the_asker_against_a_loop(base, tokenizer):
             text += sum(losses) / n
     assert {name: value.item() for name, value in fast.items()} == pytest.approx(
         {"text": text, "decision": decision}, rel=1e-4)
-
-
-def test_end_to_end_learns_the_whole_text(tokenizer):
-    example = examples_of(tokenizer, end_to_end=True)[0]
-    assert tokenizer.decode(example["input_ids"][-example["target"]:], skip_special_tokens=True) == (
-        "#### 1\nSub-questions:\nHow many pens?\nRefine: Yes\nRevised answer:\n1 + 1 = 2 pens.\n#### 2")
-    assert example["weight"] == 0  # here the decision is text like any other
 
 
 def groups_of(tokenizer, n=20):
@@ -126,19 +122,6 @@ def test_every_example_weighs_the_same(tokenizer, tmp_path):
     assert figures["steps"] == 10 and close(once, twice, 1e-5) and not close(once, other, 1e-3)
 
 
-def test_an_incomplete_step_weighs_less(tokenizer, tmp_path):
-    """The last step of an epoch may have fewer examples: each counts as it would in a whole step."""
-    seen = []
-
-    def loss(model, batch):
-        seen.append((len(batch["sizes"]), train_truster.loss(model, batch)["pairs"]))
-        return {"pairs": seen[-1][1]}
-
-    figures, _ = fine_tune(tmp_path, tokenizer, loss, n=10, epochs=1, save_steps=1)
-    assert sorted(n for n, _ in seen) == [2, 4, 4]
-    assert [point["pairs"] for point in figures["curve"]] == pytest.approx([x.item() / 4 for _, x in seen], rel=1e-4)
-
-
 @pytest.mark.parametrize(("bad", "save_steps", "kept"), [(6, 3, 3), (7, 5, 5), (8, 10, None)])
 def test_training_stops_at_nan(tokenizer, tmp_path, bad, save_steps, kept):
     """With one line, and no checkpoint holds what is not finite: not that of the same step, nor that of the last."""
@@ -152,14 +135,6 @@ def test_training_stops_at_nan(tokenizer, tmp_path, bad, save_steps, kept):
         fine_tune(tmp_path, tokenizer, loss, save_steps=save_steps, epochs=1.6)  # 8 steps
     last = art.last_checkpoint(tmp_path / "checkpoints")
     assert (last and last[0]) == kept and not (tmp_path / ADAPTER).exists()
-
-
-def test_half_written_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, '{"global_step": '), (12, "")):
-        art.write(tmp_path / f"checkpoint-{step}/trainer_state.json", state)
-    (tmp_path / "checkpoint-13").mkdir()
-    assert art.last_checkpoint(tmp_path) == (10, tmp_path / "checkpoint-10")
-    assert art.last_checkpoint(tmp_path / "checkpoint-13") is None
 
 
 LONG = {"train_asker": (["finetuned", "asker"], ["--task-epochs", "4", "--epochs", "1"]),
@@ -240,6 +215,8 @@ def test_training_is_qlora(kit):
         assert about["steps"] > 0 and about["curve"][-1]["step"] == about["steps"]
         assert sum(weight.numel() for weight in weights.values()) == about["trainable"]
     assert any("score" in name for name in weights)
+    kinds = {type(module).__name__ for name, module in art.load_base(BASE, 4).named_modules() if "_proj" in name}
+    assert kinds == {"Linear4bit"}
     about = json.loads((kit.runs / "toy/default/asker/args.json").read_text())
     assert about["start"] == art.weights_id(kit.runs / "toy/default/finetuned", kit.runs / "toy")
     labels = [kind for row in art.read_jsonl(kit.runs / "toy/samples.jsonl", "")[:40]
@@ -277,12 +254,6 @@ def test_seed(copy, monkeypatch, script):
     assert close(adapters[0], adapters[1], 0)
     lora_a = [weight for name, weight in adapters[0].items() if "lora_A" in name]
     assert not any(torch.equal(a, adapters[2][name]) for name, a in adapters[0].items() if "lora_A" in name) and lora_a
-
-
-def test_overwritten_is_what_starts_from_it_too(copy, monkeypatch):
-    copy.here(monkeypatch, "train_asker", "--overwrite", "--lr", "1e-3")
-    for name in ("finetuned", "asker"):
-        assert json.loads((copy.runs / "toy/default" / name / "args.json").read_text())["lr"] == 1e-3
 
 
 def test_long_examples_are_left_out_and_counted(capsys):
