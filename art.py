@@ -426,7 +426,7 @@ def write(path, content):
         content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
     elif isinstance(content, dict):
         content = json.dumps(content, indent=1) + "\n"
-    part = Path(f"{path}.part")
+    part = Path(f"{path}.{os.getpid()}.part")  # two processes may write the same file
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_text(content, encoding="utf-8", newline="\n")
     part.replace(path)
@@ -445,9 +445,17 @@ def load_task(task, split, limit=None, data=ROOT / "data"):
         if not re.fullmatch(gold, str(record["answer"])):  # else a part might pass for it
             raise UserError(f"{path}, line {number}: the answer {record['answer']!r} is not a "
                             f"{TASKS[task]['answer']} and nothing else")
-    if len({record["id"] for record in records}) < len(records):
-        raise UserError(f"{path}: an id stands for two records; ids must differ")
+    distinct_ids(records)
     return records
+
+
+def distinct_ids(records):
+    """Refuse an id that stands for two records: one would get the samples of the other."""
+    seen = set()
+    for record in records:
+        if record["id"] in seen:
+            raise UserError(f"an id stands for two records, {record['id']}: they must differ, also between splits")
+        seen.add(record["id"])
 
 
 def load_exemplars(task, shots, data=ROOT / "data"):
@@ -481,6 +489,7 @@ def load_samples(args, records):
     """{id: {"samples": [...], "draft": ...}} from `python art.py sample`, for all of `records`."""
     path, mend = args.runs / args.task / "samples.jsonl", f"make it with: python art.py sample --task {args.task}"
     rows = {row["id"]: row for row in read_jsonl(path, mend)}
+    distinct_ids(records)
     if lacking := sum(record["id"] not in rows for record in records):
         raise UserError(f"{path} lacks {lacking} of {len(records)} questions: {mend}, with the same limits")
     return {record["id"]: rows[record["id"]] for record in records}
@@ -713,6 +722,7 @@ def sample(args):
     run = Run(args)
     train = load_task(args.task, "train", args.limit_train or args.limit, args.data)
     dev = load_task(args.task, "dev", args.limit, args.data)
+    distinct_ids(train + dev)
     banner(1, 5, f"the LLM answers {len(train) + len(dev):,} questions {args.k} times")
     samples = sample_answers(run.model("llm", "samples"), args, train + dev, args.k, args.temperature)
     for record, several in zip(train + dev, samples):
@@ -850,6 +860,18 @@ def short_hash(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Hold `path`, a file or folder, for writing; a second process is refused."""
+    import filelock
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(f"{path}.lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"another process is writing {path}: wait until it has ended, or stop it") from None
+
+
 class Said:
     """What a model said: an append-only JSONL file. An answer is found by what was really asked.
 
@@ -867,9 +889,10 @@ class Said:
         bad = 0
         for line in self.path.read_text("utf-8", errors="replace").split("\n") if self.path.is_file() else ():
             row = parse_line(line) if line else {}
-            if row and {"settings", "are"} <= row.keys():
+            kinds = [type(row.get(key)) for key in ("settings", "are", "prompt", "number", "call")] if row else []
+            if kinds[:2] == [str, dict]:
                 self.settings[row["settings"]] = row["are"]
-            elif row and {"settings", "prompt", "number", "call"} <= row.keys():
+            elif kinds[:1] + kinds[2:] == [str, str, int, str]:
                 self.rows[row["settings"], row["prompt"], row["number"]] = row
             else:
                 bad += bool(line)
@@ -877,17 +900,11 @@ class Said:
 
     @contextlib.contextmanager
     def writing(self):
-        """Hold the file for appending; a second process is refused."""
-        import filelock
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(f"{self.path}.lock", timeout=0):
-                self.read()  # another process may have added to it
-                with open(self.path, "ab+") as file:
-                    self.file = file
-                    yield
-        except filelock.Timeout:
-            raise UserError(f"another process is writing {self.path}: wait until it has ended, or stop it") from None
+        """Hold the file for appending."""
+        with locked(self.path):
+            self.read()  # another process may have added to it
+            with open(self.path, "ab+") as self.file:
+                yield
 
     def append(self, rows):
         """Add rows in one write, behind a line feed where the last line is half-written."""
@@ -924,8 +941,10 @@ class Model:
     def __init__(self, run, name, identity, backend, chat=False, exemplars=()):
         self.run, self.identity, self.backend, self.chat, self.exemplars = run, identity, backend, chat, exemplars
         self.name, self.asked, self.known, self.machines = name, 0, 0, set()
+        folder, own = run.task / "said", short_hash(identity)[:8]
         slug = re.sub(r"[^\w.-]+", "-", Path(name).name)
-        self.said = Said(run.task / "said" / f"{slug}-{short_hash(identity)[:8]}.jsonl")
+        found = next(folder.glob(f"*-{own}.jsonl"), None)  # the same model may have had another name
+        self.said = Said(found or folder / f"{slug}-{own}.jsonl")
         self.forget = {key for key in self.said.rows} if getattr(run.args, "fresh", False) else set()
 
     def render(self, prompts, shots=(), instruction=""):
@@ -935,9 +954,10 @@ class Model:
         turns = [chat_turns(prompt, shots, instruction) for prompt in prompts]
         if "server" in self.identity:
             return turns
-        tokenizer, day = load_tokenizer(self.name), "26 Jul 2024"  # a template that prints today's would be asked anew
-        return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False,
-                                              date_string=day, strftime_now=lambda form: day) for turn in turns]
+        tokenizer, day = load_tokenizer(self.name), "26 Jul 2024"  # with today's date all would be asked anew tomorrow
+        template = re.sub(r"strftime_now\([^()]*\)", f"'{day}'", tokenizer.get_chat_template())
+        return [tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, date_string=day,
+                                              add_generation_prompt=True, enable_thinking=False) for turn in turns]
 
     def generate(self, prompts, max_new_tokens, stop=None, k=1, temperature=0.0):
         """k texts for each prompt, up to the first match of the pattern `stop`; temperature 0 is greedy.
@@ -1072,7 +1092,7 @@ def weights_id(name, folder):
     for file in sorted(path.iterdir()):
         if file.name == "adapter_config.json":  # without the path of the base, whose weights are told apart themselves
             config = json.loads(file.read_text("utf-8"))
-            hashes[file.name] = short_hash({key: config.get(key) for key in ("r", "lora_alpha", "target_modules")})
+            hashes[file.name] = short_hash([config["r"], config["lora_alpha"], sorted(config["target_modules"])])
         elif re.fullmatch(r".*\.(safetensors|jinja|model)|(generation_)?config\.json|tokenizer.*\.json", file.name):
             about = file.stat()
             place = f"{file.resolve()} {about.st_size} {about.st_mtime_ns}"
@@ -1363,7 +1383,8 @@ class Endpoint:
         self.openai, self.name, self.concurrency = openai, args.model, args.concurrency
         self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # one's own server needs no key
         self.client = openai.OpenAI(base_url=args.base_url, api_key=self.key, max_retries=5, timeout=300)
-        self.logprobs, self.answered, self.refused = True, False, 0  # until the server refuses to give them
+        self.silent = "none" in (args.temperature, args.draft_temperature)  # some models refuse the parameter
+        self.logprobs, self.answered, self.refused, self.refusal = True, False, 0, ""
 
     def answers(self, items, settings, is_missing):
         """As `Local.answers`, one answer at a time, in the order in which they come."""
@@ -1376,6 +1397,8 @@ class Endpoint:
             for done in as_completed(asked):
                 name, number, _ = asked[done]
                 yield {(name, number): done.result()}
+            if not self.answered:
+                raise UserError(self.refusal)
         finally:  # after an error or Ctrl-C nothing more is asked
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -1408,8 +1431,11 @@ class Endpoint:
         text, tokens, _, usage = reply
         for token, _, others in tokens:
             if token.strip() in (first, second):  # one that is not listed is at most as likely as the last listed
-                odds = [max((p for word, p in others.items() if word.strip() == option), default=min(others.values()))
+                least = min(others.values(), default=-math.inf)
+                odds = [max((p for word, p in others.items() if word.strip() == option), default=least)
                         for option in (first, second)]
+                if max(odds) == -math.inf:
+                    break  # nothing is listed
                 return {"p": 1 / (1 + math.exp(odds[1] - odds[0])), "prompt_tokens": usage.prompt_tokens}
         word = re.search(rf"\b(?:{first}|{second})\b", text)
         return {"p": float(bool(word) and word[0] == first), "prompt_tokens": usage.prompt_tokens}
@@ -1418,7 +1444,7 @@ class Endpoint:
         """(text, [(token, logprob, {token: logprob}), ...], choice, usage); None if this one question was rejected."""
         chat = isinstance(prompt, list)
         settings = {"model": self.name, "seed": seed}
-        if temperature != "none":  # some models refuse the parameter
+        if not self.silent:
             settings["temperature"] = temperature
         if chat:
             settings |= {"messages": prompt, "max_completion_tokens": max_tokens}
@@ -1426,11 +1452,13 @@ class Endpoint:
         else:
             settings |= {"prompt": prompt, "max_tokens": max_tokens, "stop": ["\nQuestion:"]}
             more = {"logprobs": max(top, 1)}
+        create, more = (self.client.chat if chat else self.client).completions.create, more if self.logprobs else {}
         try:
-            create = (self.client.chat if chat else self.client).completions.create
-            reply = create(**settings, **(more if self.logprobs else {}))
+            reply = create(**settings, **more)
+        except ValueError:  # no JSON
+            reply = None
         except self.openai.OpenAIError as error:
-            if self.logprobs and "logprobs" in str(error):
+            if more and "logprobs" in str(error):
                 print("the server gives no log-probabilities: decisions are read from words", file=sys.stderr)
                 self.logprobs = False
                 return self.request(prompt, max_tokens, temperature, seed)
@@ -1440,32 +1468,37 @@ class Endpoint:
         self.answered, self.refused, choice = True, 0, reply.choices[0]
         given = choice.logprobs
         if chat:
+            text = choice.message.content or ""
             rows = [(token.token, token.logprob, {other.token: other.logprob for other in token.top_logprobs or ()})
                     for token in given and given.content or ()]
-            return choice.message.content or "", rows, choice, reply.usage
-        rows = list(zip(given.tokens or (), given.token_logprobs or (), given.top_logprobs or ())) if given else []
-        return choice.text.partition("\nQuestion:")[0], rows, choice, reply.usage  # some servers give the stop back
+        else:
+            text = choice.text.partition("\nQuestion:")[0]  # some servers give the stop back
+            rows = list(zip(given.tokens or (), given.token_logprobs or (), given.top_logprobs or ())) if given else []
+        return text.encode("utf-8", "replace").decode(), rows, choice, reply.usage  # without half characters
 
     def rejected(self, error):
         """One question that is too long or not allowed counts as failed; whatever else goes wrong ends the run."""
-        self.refused += 1
-        if isinstance(error, self.openai.BadRequestError) and self.answered and self.refused < 10:
-            print(f"the server rejected a question: {str(error)[:200]}", file=sys.stderr)
-            return None
-        if "temperature" in str(error):
-            raise UserError("the server refuses the temperature: give --temperature none --draft-temperature none")
         said = " ".join(str(error).split()).replace(self.key, "...")[:300]
-        raise UserError(f"the server says: {said}; what is finished is kept, the same command goes on. Check "
-                        "--base-url (most end in /v1), --model, --chat and OPENAI_API_KEY") from None
+        self.refused += 1
+        self.refusal = (f"the server says: {said}; what is finished is kept, the same command goes on. Check "
+                        "--base-url (most end in /v1), --model, --chat and OPENAI_API_KEY")
+        if "temperature" in said:
+            self.refusal = "the server refuses the temperature: give --temperature none --draft-temperature none"
+        elif isinstance(error, self.openai.BadRequestError) and self.refused < 10:
+            print(f"the server rejected a question: {said}", file=sys.stderr)
+            return None
+        raise UserError(self.refusal) from None
 
 
 # --- QLoRA. The loop is transformers.Trainer's.
 
 
-def add_lora(model, task_type, rank, start=None):
+def add_lora(model, task_type, rank, start=None, seed=0):
     """LoRA on all linear layers of a frozen base; adapters and head in fp32. `start`: an adapter to go on from."""
     import peft
     import torch
+    import transformers
+    transformers.set_seed(seed)  # the Trainer would seed only behind the draw of the first weights
     if torch.cuda.is_available():
         dtype = model.get_input_embeddings().weight.dtype
         model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -1500,14 +1533,17 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
     trainer.reported = last[0] if last else 0
     if last and last[0] >= steps:  # stopped behind the last step: the Trainer would take another
         peft.set_peft_model_state_dict(model, safetensors.torch.load_file(last[1] / "adapter_model.safetensors"))
+        trainer.state = trainer.state.load_from_json(last[1] / "trainer_state.json")
     else:
         trainer.train(resume_from_checkpoint=last and str(last[1]))
         trainer.report()
     model.save_pretrained(folder)
-    seconds = [row["train_runtime"] for row in trainer.state.log_history if "train_runtime" in row]
+    history = trainer.state.log_history
+    names = ("step", "text", "decision", "pairs")
     return {"steps": steps, "trained_on": len(examples), "tokens": trainer.state.num_input_tokens_seen,
             "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-            "curve": trainer.curve, "seconds": sum(seconds), "resumed_at": last[0] if last else 0,
+            "curve": [{name: row[name] for name in names if name in row} for row in history if "loss" in row],
+            "seconds": sum(row.get("train_runtime", 0.0) for row in history), "resumed_at": last[0] if last else 0,
             "peak_memory": peak_memory()}
 
 
@@ -1527,32 +1563,31 @@ def make_trainer(model, examples, collate, loss, args, folder, steps):
 
     class Trainer(transformers.Trainer):
         loss_is_scaled_for_ga = True  # batches of a step differ in size: divided by the examples of a step
-        parts, curve, reported = {}, [], 0
+        parts, reported = {}, 0
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             per_step = args.batch_size * args.accumulate
             parts = {name: value / per_step for name, value in loss(model, inputs).items()}
             for name, value in parts.items():
-                self.parts[name] = self.parts.get(name, 0.0) + value.detach()
+                self.parts[name] = self.parts.get(name, 0.0) + value.item()
+            if not all(map(math.isfinite, self.parts.values())):
+                raise UserError(f"the loss is not finite at step {self.state.global_step + 1}: lower --lr, or give "
+                                "--adapter-bits 32; the last checkpoint is kept")
             return sum(parts.values())
 
         def log(self, logs, *rest):
-            if "loss" in logs:
-                self.report()  # a checkpoint is written behind this
-            super().log(logs, *rest)
+            super().log({**logs, **self.report()} if "loss" in logs else logs, *rest)
 
         def report(self):
+            """Print the mean of each part since the last report, and return it."""
             step, since, self.reported = self.state.global_step, self.reported, self.state.global_step
-            means = {name: float(value) / (step - since) for name, value in self.parts.items() if value}
+            means = {name: round(value / (step - since), 4) for name, value in self.parts.items() if value}
             self.parts = {}
-            if not all(map(math.isfinite, means.values())):
-                raise UserError(f"the loss is not finite at step {step}: lower --lr, or give --adapter-bits 32; the "
-                                "last checkpoint is kept")
             if means:
                 said = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
                 coin = " (0.69 is a coin)" if means.keys() - {"text"} else ""
                 print(f"step {step}/{steps}  {said}{coin}", flush=True)
-                self.curve.append({"step": step, **means})
+            return means
 
     trainer = Trainer(model, settings, collate, examples)
     trainer.remove_callback(transformers.PrinterCallback)

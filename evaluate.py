@@ -344,7 +344,7 @@ def make_rows(said, wanted, kept):
     `wanted` rows may ask the models. `kept` ones stood in the table before: they stay if nothing has to be asked.
     """
     made, right, lacking = {}, {}, {}
-    for row in [row for row in ROWS if row in wanted or row in kept]:
+    for row in sorted([row for row in ROWS if row in wanted or row in kept], key=lambda row: row not in wanted):
         said.run.offline = row not in wanted
         try:
             if row in VOTES:
@@ -363,7 +363,7 @@ def make_rows(said, wanted, kept):
         for other in ("initial", "self_refine"):
             if other in made and row not in (other, "random_gate"):
                 about[f"vs_{other}"] = compare(right[row], right[other][: about["n"]], said.args.seed)
-    return made, right, lacking
+    return {row: made[row] for row in ROWS if row in made}, right, lacking
 
 
 def optional(row, args):

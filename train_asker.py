@@ -97,19 +97,24 @@ def load_subquestions(args, records):
 def train(run, name, examples, epochs, start=None, followers=(), **about):
     """Train one adapter, from the adapter `start` if given, unless it is trained already."""
     args, folder = run.args, run.folder / name
-    tokenizer = art.load_tokenizer(args.asker_model)
     made_by = {**art.settings_of(args, args.asker_model, run.task), "epochs": epochs, **about,
                "start": art.weights_id(run.folder / start, run.task) if start else None,
                "examples": art.short_hash(examples),
                "code": {f.__name__: art.code_hash(f) for f in (loss, make_collate)}}
     followers = [run.folder / follower for follower in followers]
-    if art.claim_adapter(folder, made_by, args.overwrite, followers):
-        return
+    with art.locked(folder):
+        if not art.claim_adapter(folder, made_by, args.overwrite, followers):
+            fine_tune(run, folder, made_by, examples, epochs, start)
+
+
+def fine_tune(run, folder, made_by, examples, epochs, start):
+    """Train one adapter, from its last checkpoint on, and write it with its args.json."""
+    args, tokenizer = run.args, art.load_tokenizer(run.args.asker_model)
     examples = art.drop_long(examples, args.max_length)
     ids, target = examples[0]["input_ids"], examples[0]["target"]
     art.show_record({"prompt": tokenizer.decode(ids[:-target]), "target": tokenizer.decode(ids[-target:])})
     model = art.add_lora(art.load_base(args.asker_model, args.adapter_bits), "CAUSAL_LM", args.rank,
-                         start and run.folder / start)
+                         start and run.folder / start, args.seed)
     figures = art.fine_tune(model, examples, make_collate(tokenizer.pad_token_id), loss, args, folder, epochs)
     art.write(folder / "args.json", {**made_by, "model": args.asker_model, **figures})
 
@@ -144,6 +149,7 @@ def main():
     train_set = [record for record in train_set if record.get("solution")]
     art.banner(2, 5, f"the Asker learns from the samples of {len(train_set):,} questions")
     asked, drafts = load_subquestions(args, train_set), drafts_of(train_set, samples)
+    art.write(run.folder / "questions.txt", "".join(art.question_hash(r) + "\n" for r in train_set))
     # generated sub-questions do not go with the steps of a solution one by one
     strategy = "cot" if args.subquestions == "generated" else "decomp"
     if args.task_epochs:
@@ -152,7 +158,6 @@ def main():
     wrong = np.mean([not correct for *_, correct in drafts])
     train(run, "end_to_end" if args.end_to_end else "asker", ask_examples(drafts, asked, tokenizer, args.end_to_end),
           args.epochs, "finetuned" if args.task_epochs else None, prior_odds=wrong / (1 - wrong))
-    art.write(run.folder / "questions.txt", "".join(art.question_hash(r) + "\n" for r in train_set))
     if not args.end_to_end:
         figures = dev_figures(run, dev, samples)
         art.write(run.folder / "asker/args.json", {**run.about("asker"), "dev": figures})

@@ -70,6 +70,17 @@ def dev_figures(run, dev, samples):
     return {"pairs": len(hits), "right_pairs": float(np.mean(hits)) if hits else None}
 
 
+def fine_tune(args, folder, made_by, groups, tokenizer):
+    """Train the adapter, from its last checkpoint on, and write it with its args.json."""
+    groups = art.drop_long(groups, args.max_length)
+    art.show_record({"a right answer" if correct else "a wrong answer": tokenizer.decode(row)
+                     for row, correct in zip(groups[0]["rows"], groups[0]["correct"])})
+    model = art.load_scorer(args.truster_model, args.adapter_bits, args.seed)
+    model = art.add_lora(model, "SEQ_CLS", args.rank, seed=args.seed)
+    figures = art.fine_tune(model, groups, make_collate(tokenizer.pad_token_id), loss, args, folder, args.epochs)
+    art.write(folder / "args.json", {**made_by, "model": args.truster_model, **figures})
+
+
 def main():
     args = art.parse(art.make_parser(__doc__, "truster"), training="truster")
     run, tokenizer = art.Run(args), art.load_tokenizer(args.truster_model)
@@ -77,20 +88,14 @@ def main():
     dev, folder = art.load_task(args.task, "dev", args.limit, args.data), run.folder / "truster"
     samples = art.load_samples(args, train_set + dev)
     art.banner(3, 5, f"the Truster learns from the samples of {len(train_set):,} questions")
+    art.write(run.folder / "questions.txt", "".join(art.question_hash(record) + "\n" for record in train_set))
     groups = contrast(train_set, samples, tokenizer)
     made_by = {**art.settings_of(args, args.truster_model, run.task), "epochs": args.epochs,
                "examples": art.short_hash(groups),
                "code": {f.__name__: art.code_hash(f) for f in (loss, pair_losses, make_collate, art.score_batch)}}
-    if not art.claim_adapter(folder, made_by, args.overwrite):
-        groups = art.drop_long(groups, args.max_length)
-        first = groups[0]
-        art.show_record({"a right answer" if correct else "a wrong answer": tokenizer.decode(row)
-                         for row, correct in zip(first["rows"], first["correct"])})
-        model = art.add_lora(art.load_scorer(args.truster_model, args.adapter_bits, args.seed), "SEQ_CLS", args.rank)
-        figures = art.fine_tune(model, groups, make_collate(tokenizer.pad_token_id), loss, args, folder, args.epochs)
-        art.write(folder / "args.json", {**made_by, "model": args.truster_model, **figures})
-        del model
-    art.write(run.folder / "questions.txt", "".join(art.question_hash(record) + "\n" for record in train_set))
+    with art.locked(folder):
+        if not art.claim_adapter(folder, made_by, args.overwrite):
+            fine_tune(args, folder, made_by, groups, tokenizer)
     figures = dev_figures(run, dev, samples)  # the adapter is loaded from disk, as evaluate.py will
     art.write(folder / "args.json", {**run.about("truster"), "dev": figures})
     print(f"{folder}: {art.show(figures['right_pairs'])} of {figures['pairs']:,} right/wrong pairs of dev in order")

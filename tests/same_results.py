@@ -153,6 +153,8 @@ def main():
     assert bases[0] == bases[1], "the bundled models of the two editions differ"
     if not (folder / "data/toy/test.jsonl").is_file():
         make_data(folder / "data", args.limit, args.limit_train)
+    found = len(art.load_task("toy", "test", None, folder / "data"))
+    assert found == args.limit, f"{folder} was begun with --limit {found}: give another folder"
     first_edition(first, folder / "first", folder / "data")
     convert(folder / "first/toy", folder / "second/toy")
     run(ROOT, "evaluate.py", "--data", folder / "data", "--runs", folder / "second", "--rows", ",".join(ROWS))
