@@ -75,6 +75,11 @@ def test_no_stale_row_stands_beside_a_new_one(own):
     assert "art" in some and all(row.get(key) == fresh[name].get(key) for name, row in some.items() for key in keys)
 
 
+@pytest.mark.parametrize(("script", "adapter", "old", "new", "named"), [
+    ("train_truster", "truster", "-logsigmoid(", "-2 * logsigmoid(", "the code of pair_losses"),
+    ("train_asker", "asker", "text[row, -2], decision[row, -2] = 0.0, ", "text[row, -2], decision[row, -2] = 1.0, ",
+     "the code of make_collate"),
+])
 def test_an_edited_loss_is_refused(own, script, adapter, old, new, named):
     """With the name of the function; nothing is touched. `--overwrite` trains anew."""
     edit(own.root / f"{script}.py", old, new)
