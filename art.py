@@ -1347,7 +1347,7 @@ class Local:
 def failed_row(prompt_tokens=0):
     """An answer that could not be had: it counts as wrong, is not kept, and is asked again by the next start."""
     return {"failed": True, "text": "", "stopped": False, "tokens": 0, "prompt_tokens": prompt_tokens, "logprob": None,
-            "p": 0.0, "score": -math.inf}
+            "p": 0.0, "score": -1e9}
 
 
 def score_batch(model, ids, mask):
@@ -1623,11 +1623,11 @@ def code_hash(function):
     return short_hash(ast.dump(tree))
 
 
-def claim_adapter(folder, made_by, overwrite, followers=()):
+def claim_adapter(folder, made_by, records, overwrite, followers=()):
     """args.json of a finished adapter, or None if it is to be trained; refused if something else was trained there.
 
-    `made_by` is what an adapter follows from. `followers` are adapters that start from this one: `overwrite` deletes
-    them, too.
+    `made_by` is what an adapter follows from; questions.txt keeps which `records` it saw. `followers` are adapters that
+    start from this one: `overwrite` deletes them, too.
     """
     path = folder / "args.json"
     if overwrite:
@@ -1642,6 +1642,7 @@ def claim_adapter(folder, made_by, overwrite, followers=()):
                            for name in differ)
         raise UserError(f"{folder} was trained otherwise: {detail}. Give --run NEW to train beside it, or --overwrite")
     if "steps" not in about:
+        write(folder / "questions.txt", "".join(question_hash(record) + "\n" for record in records))
         write(path, now)
         return None
     print(f"{folder} is trained already: nothing to do")

@@ -344,7 +344,8 @@ def make_rows(said, wanted, kept):
     `wanted` rows may ask the models. `kept` ones stood in the table before: they stay if nothing has to be asked.
     """
     made, right, lacking = {}, {}, {}
-    for row in sorted([row for row in ROWS if row in wanted or row in kept], key=lambda row: row not in wanted):
+    rows = [row for row in ROWS if row in wanted or row in kept]
+    for row in sorted(rows, key=lambda row: (row in VOTES, row not in wanted)):  # a vote may cost what art costs
         said.run.offline = row not in wanted
         try:
             if row in VOTES:
@@ -538,8 +539,8 @@ def parse_args():
 
 def refuse_leaks(run, test):
     """Adapters that were trained on questions of test would make the table worthless."""
-    for name in ("asker", "truster"):
-        path = run.adapter(name).parent / "questions.txt"
+    for name in ("finetuned", "asker", "end_to_end", "truster"):
+        path = run.adapter(name) / "questions.txt"
         seen = set(path.read_text("utf-8").split()) if path.is_file() else set()
         if leaked := [record["id"] for record in test if art.question_hash(record) in seen]:
             raise art.UserError(f"{run.adapter(name)} was trained on {len(leaked)} of the test questions, as "

@@ -94,7 +94,7 @@ def load_subquestions(args, records):
     return gold
 
 
-def train(run, name, examples, epochs, start=None, followers=(), **about):
+def train(run, name, records, examples, epochs, start=None, followers=(), **about):
     """Train one adapter, from the adapter `start` if given, unless it is trained already."""
     args, folder = run.args, run.folder / name
     made_by = {**art.settings_of(args, args.asker_model, run.task), "epochs": epochs, **about,
@@ -103,7 +103,7 @@ def train(run, name, examples, epochs, start=None, followers=(), **about):
                "code": {f.__name__: art.code_hash(f) for f in (loss, make_collate)}}
     followers = [run.folder / follower for follower in followers]
     with art.locked(folder):
-        if not art.claim_adapter(folder, made_by, args.overwrite, followers):
+        if not art.claim_adapter(folder, made_by, records, args.overwrite, followers):
             fine_tune(run, folder, made_by, examples, epochs, start)
 
 
@@ -149,15 +149,15 @@ def main():
     train_set = [record for record in train_set if record.get("solution")]
     art.banner(2, 5, f"the Asker learns from the samples of {len(train_set):,} questions")
     asked, drafts = load_subquestions(args, train_set), drafts_of(train_set, samples)
-    art.write(run.folder / "questions.txt", "".join(art.question_hash(r) + "\n" for r in train_set))
     # generated sub-questions do not go with the steps of a solution one by one
     strategy = "cot" if args.subquestions == "generated" else "decomp"
     if args.task_epochs:
-        train(run, "finetuned", task_examples(train_set, tokenizer, strategy), args.task_epochs, strategy=strategy,
-              followers=("asker", "end_to_end"))
+        train(run, "finetuned", train_set, task_examples(train_set, tokenizer, strategy), args.task_epochs,
+              followers=("asker", "end_to_end"), strategy=strategy)
     wrong = np.mean([not correct for *_, correct in drafts])
-    train(run, "end_to_end" if args.end_to_end else "asker", ask_examples(drafts, asked, tokenizer, args.end_to_end),
-          args.epochs, "finetuned" if args.task_epochs else None, prior_odds=wrong / (1 - wrong))
+    train(run, "end_to_end" if args.end_to_end else "asker", train_set,
+          ask_examples(drafts, asked, tokenizer, args.end_to_end), args.epochs,
+          "finetuned" if args.task_epochs else None, prior_odds=wrong / (1 - wrong))
     if not args.end_to_end:
         figures = dev_figures(run, dev, samples)
         art.write(run.folder / "asker/args.json", {**run.about("asker"), "dev": figures})

@@ -88,13 +88,12 @@ def main():
     dev, folder = art.load_task(args.task, "dev", args.limit, args.data), run.folder / "truster"
     samples = art.load_samples(args, train_set + dev)
     art.banner(3, 5, f"the Truster learns from the samples of {len(train_set):,} questions")
-    art.write(run.folder / "questions.txt", "".join(art.question_hash(record) + "\n" for record in train_set))
     groups = contrast(train_set, samples, tokenizer)
     made_by = {**art.settings_of(args, args.truster_model, run.task), "epochs": args.epochs,
                "examples": art.short_hash(groups),
                "code": {f.__name__: art.code_hash(f) for f in (loss, pair_losses, make_collate, art.score_batch)}}
     with art.locked(folder):
-        if not art.claim_adapter(folder, made_by, args.overwrite):
+        if not art.claim_adapter(folder, made_by, train_set, args.overwrite):
             fine_tune(args, folder, made_by, groups, tokenizer)
     figures = dev_figures(run, dev, samples)  # the adapter is loaded from disk, as evaluate.py will
     art.write(folder / "args.json", {**run.about("truster"), "dev": figures})

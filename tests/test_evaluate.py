@@ -232,10 +232,14 @@ def test_rows_are_added(copy, monkeypatch, capsys):
     """The old rows stay, the new one stands beside them, and nothing is asked twice."""
     before = copy.results()
     capsys.readouterr()
-    copy.here(monkeypatch, "evaluate", "--rows", "majority,always_truster", "--vote-k", "2")
-    assert asked_of(capsys.readouterr().out) == {"samples of test": 24}
-    assert list(copy.results()) == [*before, "always_truster", "majority"]
-    assert all(copy.results()[name] == row for name, row in before.items())
+    budgets, vote = [], evaluate.vote_row
+    monkeypatch.setattr(evaluate, "vote_row", lambda *how: budgets.append(how[2]) or vote(*how))
+    copy.here(monkeypatch, "evaluate", "--rows", "majority,always_truster")
+    assert asked_of(capsys.readouterr().out).keys() == {"samples of test"}
+    after = copy.results()
+    assert list(after) == [*before, "always_truster", "majority"]
+    assert all(after[name] == row for name, row in before.items())
+    assert budgets == [after["art"]["tokens"]]  # a vote may cost what row art costs, which is only kept here
 
 
 @pytest.mark.parametrize("rows", ["art,self_refine", "finetuned", "oracle_gate,art", "art,refine_always"])
@@ -282,8 +286,10 @@ def test_compare(copy, monkeypatch, capsys):
 
 
 def test_a_run_that_was_trained_on_test_is_refused(copy, monkeypatch, capsys):
+    """Also if only one of the adapters was."""
     test, train = (art.read_jsonl(copy.data / f"toy/{split}.jsonl", "") for split in ("test", "train"))
-    art.write(copy.data / "toy/test.jsonl", [*test[1:], {**test[0], "question": train[5]["question"].upper()}])
+    art.write(copy.data / "toy/test.jsonl", [*test[1:], {**test[0], "question": train[39]["question"].upper()}])
+    copy.here(monkeypatch, "train_truster", "--overwrite", "--limit-train", "38")
     assert f"trained on 1 of the test questions, as {test[0]['id']}" in refused(monkeypatch, capsys, copy, "evaluate")
 
 

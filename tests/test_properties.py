@@ -65,17 +65,3 @@ def test_any_file_can_be_read(path, rows, place, junk, cut):
         assert all(isinstance(record, dict) for record in art.read_jsonl(path, ""))
     except art.UserError as error:
         assert re.fullmatch(re.escape(str(path)) + r", line \d+: not a JSON object; .*", str(error))
-
-
-@given(numbers=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=8), cut=st.integers(0, 2000))
-def test_a_cut_file_keeps_every_whole_line(path, numbers, cut):
-    rows = [{"settings": "s", "prompt": f"p{p}", "number": n, "call": "c", "text": f"t{i}\n"}
-            for i, (p, n) in enumerate(numbers)]
-    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(content[:cut])
-    whole = rows[: content[:cut].count(b"\n")]
-    found = art.Said(path).rows
-    expected = {(row["settings"], row["prompt"], row["number"]): row for row in whole}
-    torn = content[:cut].rpartition(b"\n")[2]
-    assert {key: row for key, row in found.items() if key in expected} == expected or torn.endswith(b"}")
-    assert len(found) <= len(expected) + torn.endswith(b"}")

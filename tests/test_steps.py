@@ -1,5 +1,6 @@
 """The four steps with a fake model: what is trained is what is parsed, and gold never reaches a prompt."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -113,6 +114,7 @@ def test_what_is_trained_is_what_is_parsed():
     for refine in (True, False):
         target = art.ask_target(subquestions, refine)
         assert art.parse_subquestions(target) == subquestions and target.endswith("Refine: Yes") == refine
+    assert art.parse_subquestions("Who?\n" * 20) == ["Who?"] * 12  # a model that does not stop
     for strategy in ("cot", "decomp"):
         text = art.solution_text(RECORD["solution"], RECORD["answer"], strategy)
         assert art.extract_answer("gsm8k", text) == "98765" and ("GOLD-QUESTION-2" in text) == (strategy == "decomp")
@@ -128,6 +130,13 @@ def test_both_orders_of_a_choice_weigh_the_same():
     (score,) = art.trust_self(lm, args_of(), [RECORD], [{"text": "#### 16"}], [{"text": "#### 12"}])
     assert score["draft"] == score["refined"] == 0.5
     assert lm.seen[0].index("16") < lm.seen[0].index("12") and lm.seen[1].index("12") < lm.seen[1].index("16")
+
+
+def test_scores_that_failed_can_be_written():
+    """JSON knows no infinity, though Python writes one; and the draft stands."""
+    lm = FakeLM(score=lambda texts: [art.failed_row() for _ in texts])
+    (score,) = art.trust(lm, args_of(), [RECORD], [{"text": "#### 16"}], [{"text": "#### 12"}])
+    assert json.dumps(score, allow_nan=False) and not score["refined"] > score["draft"]
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "strategyqa"])
