@@ -449,6 +449,12 @@ def load_task(task, split, limit=None, data=ROOT / "data"):
     return records
 
 
+def load_split(args, split):
+    """The records of a split that --limit and --limit-train leave."""
+    limit = split == "train" and args.limit_train or args.limit
+    return load_task(args.task, split, limit, args.data)
+
+
 def distinct_ids(records):
     """Refuse an id that stands for two records: one would get the samples of the other."""
     seen = set()
@@ -657,7 +663,7 @@ class Run:
     """The models of a run: the LLM, and the adapters of runs/<task>/<run>; at most one of them is in memory."""
 
     def __init__(self, args):
-        self.args, self.models, self.loaded, self.offline = args, {}, None, False  # offline: nothing may be asked
+        self.args, self.models, self.offline = args, {}, False  # offline: nothing may be asked
         self.task = args.runs / args.task  # what its runs share
         self.folder = self.task / args.run
 
@@ -685,10 +691,10 @@ class Run:
 
     def load(self, model):
         """The backend of a model, in the place of the one that was loaded before."""
-        if self.loaded is not model:
+        if model.loaded is None:
             for other in self.models.values():
                 other.loaded = None  # make room first
-            model.loaded, self.loaded = model.backend(), model
+            model.loaded = model.backend()
         return model.loaded
 
     def llm(self):
@@ -719,9 +725,7 @@ class Run:
 
 def sample(args):
     """k samples of every question of train and dev, and the drafts of dev: what Asker and Truster learn from."""
-    run = Run(args)
-    train = load_task(args.task, "train", args.limit_train or args.limit, args.data)
-    dev = load_task(args.task, "dev", args.limit, args.data)
+    run, train, dev = Run(args), load_split(args, "train"), load_split(args, "dev")
     distinct_ids(train + dev)
     banner(1, 5, f"the LLM answers {len(train) + len(dev):,} questions {args.k} times")
     samples = sample_answers(run.model("llm", "samples"), args, train + dev, args.k, args.temperature)
@@ -750,7 +754,7 @@ def sample(args):
 
 def subquestions(args):
     """The LLM writes sub-questions from each training question and its gold solution, where a data set has none."""
-    run, train = Run(args), load_task(args.task, "train", args.limit_train or args.limit, args.data)
+    run, train = Run(args), load_split(args, "train")
     golds = [{"text": solution_text(record.get("solution", []), record["answer"])} for record in train]
     asked, path = ask(run.model("llm", "sub-questions"), args, train, golds), run.task / "subquestions.jsonl"
     write(path, [{"id": record["id"], "subquestions": row["subquestions"]} for record, row in zip(train, asked)])
@@ -764,7 +768,7 @@ def solve(args):
     """One question through the four steps."""
     run, question = Run(args), " ".join((args.question or "").split())
     if args.random:
-        question = random.choice(load_task(args.task, "test", args.limit, args.data))["question"]
+        question = random.choice(load_split(args, "test"))["question"]
     if not question:
         raise UserError('give a question in quotes, or --random for one of the test questions')
     path = run.folder / "results.json"
@@ -945,7 +949,7 @@ class Model:
         slug = re.sub(r"[^\w.-]+", "-", Path(name).name)
         found = next(folder.glob(f"*-{own}.jsonl"), None)  # the same model may have had another name
         self.said = Said(found or folder / f"{slug}-{own}.jsonl")
-        self.forget = {key for key in self.said.rows} if getattr(run.args, "fresh", False) else set()
+        self.forget = set(self.said.rows) if getattr(run.args, "fresh", False) else set()
 
     def render(self, prompts, shots=(), instruction=""):
         """Prompts as the model reads them: plain text behind its exemplars, or a chat (turns, for a server)."""
@@ -1074,6 +1078,15 @@ def find_model(name):
     return next((str(path) for path in (Path(name), ROOT / name) if path.is_dir()), str(name))
 
 
+@contextlib.contextmanager
+def loading(name):
+    """What goes wrong while a model is looked up or loaded becomes one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {str(name)!r}: {' '.join(str(error).split())[:200]}") from None
+
+
 def weights_id(name, folder):
     """What tells a model from every other: the commit of a Hub model, the hash of a folder's files wherever it lies.
 
@@ -1082,10 +1095,8 @@ def weights_id(name, folder):
     path = Path(find_model(name))
     if not path.is_dir():
         import huggingface_hub
-        try:
+        with loading(name):
             return Path(huggingface_hub.hf_hub_download(str(name), "config.json")).parent.name
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot find the model {str(name)!r}: {' '.join(str(error).split())[:200]}") from None
     memory = Path(folder) / "weights.json"
     known = json.loads(memory.read_text("utf-8")) if memory.is_file() else {}
     hashes = {}
@@ -1118,10 +1129,8 @@ def load_tokenizer(name):
     """A tokenizer with a padding token; loaded once."""
     if name not in TOKENIZERS:
         import transformers
-        try:
+        with loading(name):
             TOKENIZERS[name] = transformers.AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the tokenizer of {name!r}: {' '.join(str(error).split())[:200]}") from None
         tokenizer = TOKENIZERS[name]
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     return TOKENIZERS[name]
@@ -1144,11 +1153,9 @@ def load_base(name, bits, head="AutoModelForCausalLM", **settings):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     if torch.cuda.is_available():
         settings["device_map"] = {"": 0}
-    try:
+    with loading(name):
         return getattr(transformers, head).from_pretrained(
             find_model(name), dtype=dtype, use_safetensors=True, trust_remote_code=False, **settings).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {name!r}: {' '.join(str(error).split())[:200]}") from None
 
 
 def load_scorer(name, bits, seed=0):

@@ -55,7 +55,7 @@ DEFAULT_ROWS = {
     "art": ("ask", "refined", "trust"),
     "random_gate": ("random", "refined", "newest"),  # as many as row asker refines: the mean over all such choices
     "oracle_gate": ("oracle", "refined", "newest"),  # oracle: looks at the gold answer, an upper bound
-    "asker_oracle": ("ask", "refined", "oracle"),  # art with a perfect Truster: it has the threshold of row art
+    "asker_oracle": ("ask", "refined", "oracle"),  # art with a perfect Truster, at the same threshold
     "oracle_choice": ("always", "refined", "oracle"),  # as right as oracle_gate, at the cost of refining all
 }
 ROWS = DEFAULT_ROWS | {
@@ -136,7 +136,7 @@ class Evaluation:
     def __init__(self, run, dev, test):
         self.run, self.args, self.records = run, run.args, dev + test
         self.dev, self.test = slice(len(dev)), slice(len(dev), None)
-        self.outputs = {}
+        self.outputs, self.verdicts = {}, {}
 
     def __getitem__(self, name):
         """What a stage said, one output a record; None for dev where nobody needs it."""
@@ -150,8 +150,10 @@ class Evaluation:
 
     def right(self, name):
         """Which answers of a stage are right: array (n,) of bool."""
-        return np.array([row is not None and art.verdict(self.args.task, row, record["answer"])
-                         for row, record in zip(self[name], self.records)])
+        if name not in self.verdicts:
+            self.verdicts[name] = np.array([row is not None and art.verdict(self.args.task, row, record["answer"])
+                                            for row, record in zip(self[name], self.records)])
+        return self.verdicts[name]
 
     def tokens(self, name):
         """Tokens read and written for each record."""
@@ -188,10 +190,9 @@ class Evaluation:
         if decides in fixed:
             return fixed[decides], fixed[decides] & takes, None
         p, threshold = self.p_refine(decides), 0.5 if decides == "ask at 0.5" else self.args.threshold
-        if row == "asker_oracle":
-            threshold = self.gate("art")[2]
         if threshold is None:
-            gain = (self.right(candidate).astype(int) - initial) * takes
+            chooser = "trust" if chooses == "oracle" else chooses  # gold may choose, but not move a threshold
+            gain = (self.right(candidate).astype(int) - initial) * self.takes(chooser, candidate)
             threshold = best_threshold(p[self.dev], gain[self.dev])
         return p >= threshold, (p >= threshold) & takes, threshold
 
@@ -204,7 +205,7 @@ def cheap_gate(said):
     """
     import torch
     args = said.args
-    train = art.load_task(args.task, "train", args.limit_train or args.limit, args.data)
+    train = art.load_split(args, "train")
     samples = art.load_samples(args, train)
     words = {record["id"]: set(record["question"].lower().split()) for record in train + said.records}
     counts = collections.Counter(word for record in train for word in words[record["id"]])
@@ -255,34 +256,31 @@ def tokens_of(said, row, refine):
 
 
 def make_row(said, row):
-    """(what results.json says of a row on test, which of its answers are right)."""
+    """(figures of a row on test, which of its answers are right)."""
     decides, candidate, chooses = ROWS[row]
     initial, better = said.right("draft")[said.test], said.right(candidate)[said.test]
-    made = {"row": row, "decides": decides, "candidate": candidate, "chooses": chooses,
-            "strategy": said.args.strategy, "threshold": None}
+    old, new = said["draft"][said.test], said[candidate][said.test]
     if candidate in TEST_ALONE:
-        return {**made, **counts(said, candidate, better, initial), "refined": None,
-                "tokens": float(said.tokens(candidate)[said.test].mean())}, better
+        return {**counts(new, better, initial), "tokens": float(said.tokens(candidate)[said.test].mean())}, better
     if decides == "random":
         share = said.gate("asker")[0][said.test].mean()
         right = (1 - share) * initial + share * better
-        return {**made, "accuracy": float(right.mean()), "ci95": wilson(right.sum(), len(right)), "n": len(right),
-                "refined": float(share), "tokens": float(tokens_of(said, row, share).mean())}, right
+        return {"accuracy": float(right.mean()), "ci95": wilson(right.sum(), len(right)), "n": len(right),
+                "threshold": None, "refined": float(share), "tokens": float(tokens_of(said, row, share).mean())}, right
     refine, take, threshold = said.gate(row)
     refine, take = refine[said.test], take[said.test]
     right = np.where(take, better, initial)
-    old, new = said["draft"][said.test], said[candidate][said.test]
     same = [a["answer"] == b["answer"] for a, b, refined in zip(old, new, refine) if refined]
     answers = [b if taken else a for a, b, taken in zip(old, new, take)]
-    return {**made, **counts(said, answers, right, initial), "threshold": threshold, "refined": float(refine.mean()),
+    return {**counts(answers, right, initial), "threshold": threshold, "refined": float(refine.mean()),
             "same_answer": float(np.mean(same)) if same else None,
             "tokens": float(tokens_of(said, row, refine).mean())}, right
 
 
-def counts(said, answers, right, initial):
-    """Accuracy and what became of the answers of a row; `answers`: rows, or the stage that made them."""
-    answers = said[answers][said.test] if isinstance(answers, str) else answers
-    return {"accuracy": float(right.mean()), "ci95": wilson(right.sum(), len(right)), "n": len(right),
+def counts(answers, right, initial):
+    """Accuracy, and what became of the answers of a row; who decides by a threshold overwrites the first two."""
+    return {"threshold": None, "refined": None,
+            "accuracy": float(right.mean()), "ci95": wilson(right.sum(), len(right)), "n": len(right),
             "mended": int((right & ~initial).sum()), "broken": int((~right & initial).sum()),
             "unparsed": sum(one["answer"] is None and one["stopped"] for one in answers),
             "cut_off": sum(not one["stopped"] and not one.get("failed") for one in answers),
@@ -307,10 +305,7 @@ def vote_row(said, row, budget):
         right = np.array([art.verdict(args.task, one, record["answer"]) for one, record in zip(chosen, records)])
         tokens = [vote_tokens(several[:k], several_scores) for several, several_scores in zip(samples, scores)]
         curve.append({"k": k, "accuracy": float(right.mean()), "tokens": float(np.mean(tokens))})
-    decides, candidate, chooses = ROWS[row]
-    made = {"row": row, "decides": decides, "candidate": candidate, "chooses": chooses, "strategy": args.strategy,
-            "threshold": None, "refined": None, **counts(said, chosen, right, initial), **curve[-1], "curve": curve}
-    return made, right
+    return {**counts(chosen, right, initial), **curve[-1], "curve": curve}, right
 
 
 def score_samples(said, records, samples):
@@ -350,9 +345,11 @@ def make_rows(said, wanted, kept):
         try:
             if row in VOTES:
                 budget = made["art"]["tokens"] if "art" in made else math.inf
-                made[row], right[row] = vote_row(said, row, budget)
+                figures, right[row] = vote_row(said, row, budget)
             else:
-                made[row], right[row] = make_row(said, row)
+                figures, right[row] = make_row(said, row)
+            made[row] = {**dict(zip(("decides", "candidate", "chooses"), ROWS[row])), "row": row,
+                         "strategy": said.args.strategy, **figures}
         except art.Missing as stage:
             lacking[row] = f"its answers ({stage}) are not those of today's settings: ask them with --rows {row}"
         except art.UserError as error:
@@ -552,7 +549,7 @@ def main():
     if args.compare:
         return compare_runs(args)
     run = art.Run(args)
-    dev, test = (art.load_task(args.task, split, args.limit, args.data) for split in ("dev", "test"))
+    dev, test = art.load_split(args, "dev"), art.load_split(args, "test")
     refuse_leaks(run, test)
     art.banner(4, 5, f"{len(dev):,} questions of dev and {len(test):,} of test through the steps")
     path = run.folder / "results.json"

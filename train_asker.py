@@ -143,8 +143,7 @@ def main():
                         help="instead of the Asker, train one model that does all four steps (row end_to_end)")
     args = art.parse(parser, training="asker")
     run, tokenizer = art.Run(args), art.load_tokenizer(args.asker_model)
-    train_set = art.load_task(args.task, "train", args.limit_train or args.limit, args.data)
-    dev = art.load_task(args.task, "dev", args.limit, args.data)
+    train_set, dev = art.load_split(args, "train"), art.load_split(args, "dev")
     samples = art.load_samples(args, train_set + dev)
     train_set = [record for record in train_set if record.get("solution")]
     art.banner(2, 5, f"the Asker learns from the samples of {len(train_set):,} questions")

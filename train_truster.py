@@ -84,8 +84,7 @@ def fine_tune(args, folder, made_by, groups, tokenizer):
 def main():
     args = art.parse(art.make_parser(__doc__, "truster"), training="truster")
     run, tokenizer = art.Run(args), art.load_tokenizer(args.truster_model)
-    train_set = art.load_task(args.task, "train", args.limit_train or args.limit, args.data)
-    dev, folder = art.load_task(args.task, "dev", args.limit, args.data), run.folder / "truster"
+    train_set, dev, folder = art.load_split(args, "train"), art.load_split(args, "dev"), run.folder / "truster"
     samples = art.load_samples(args, train_set + dev)
     art.banner(3, 5, f"the Truster learns from the samples of {len(train_set):,} questions")
     groups = contrast(train_set, samples, tokenizer)
