@@ -1,4 +1,4 @@
-"""Draw a finished run as two panels into results.png beside its results.json. Needs matplotlib.
+"""Draw the method, and beside it what a finished run gained, into results.png beside its results.json. Needs matplotlib.
 
     python docs/plot.py runs/toy/default
 """
@@ -9,38 +9,51 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import art
-import evaluate
 
-COLOURS = {"the paper's rows": "C0", "controls": "0.6", "upper bounds, which look at gold": "0.85"}
+FROZEN, TRAINED = "#c6d8ec", "#f6c58f"  # the LLM; Asker and Truster
+ROWS = {"initial": "the draft", "self_refine": "self-refinement", "art": "ART", "oracle_gate": "best gate (sees gold)"}
 
 
-def bars(axes, rows):
-    """Accuracy of every row with its interval, in groups."""
-    names = [(name, group) for group, names in evaluate.GROUPS.items() for name in names if name in rows]
-    for place, (name, group) in enumerate(names):
+def flow(axes):
+    """The four steps, with the branch behind the Asker."""
+    boxes = {"predict": (0, 3, "1 predict", "LLM writes a draft", FROZEN),
+             "ask": (0, 2, "2 ask", "Asker: sub-questions,\nrefine?", TRAINED),
+             "refine": (0, 1, "3 refine", "LLM answers along\nthe sub-questions", FROZEN),
+             "trust": (0, 0, "4 trust", "Truster scores\nboth answers", TRAINED),
+             "draft": (1.25, 2, "the draft stands", "", "white"),
+             "better": (1.25, 0, "the better one stands", "", "white")}
+    for x, y, title, text, colour in boxes.values():
+        axes.text(x, y, f"{title}\n{text}".strip(), ha="center", va="center", fontsize=11,
+                  bbox={"boxstyle": "round,pad=0.5", "fc": colour, "ec": "0.4"})
+    arrows = [("predict", "ask", ""), ("ask", "refine", "yes"), ("refine", "trust", ""), ("ask", "draft", "no"),
+              ("trust", "better", "")]
+    for start, end, label in arrows:
+        (x, y), (to_x, to_y) = boxes[start][:2], boxes[end][:2]
+        sideways = y == to_y
+        tail, head = ((x + 0.42, y), (to_x - 0.42, to_y)) if sideways else ((x, y - 0.32), (to_x, to_y + 0.32))
+        axes.annotate("", head, tail, arrowprops={"arrowstyle": "-|>", "color": "0.3"})
+        if label:
+            axes.text((tail[0] + head[0]) / 2 + 0.12 * (not sideways), (tail[1] + head[1]) / 2 + 0.1 * sideways, label,
+                      ha="center", fontsize=11)
+    axes.set(xlim=(-0.6, 1.85), ylim=(-0.6, 3.5))
+    axes.set_title("blue: the LLM, never trained; orange: small, fine-tuned", fontsize=12)
+    axes.axis("off")
+
+
+def bars(axes, rows, n):
+    """Right answers of four rows with their intervals; how many drafts were mended and broken."""
+    for place, (name, label) in enumerate(ROWS.items()):
         row = rows[name]
         middle, (low, high) = 100 * row["accuracy"], row["ci95"]
-        axes.barh(place, middle, color="C1" if name == "art" else COLOURS[group],
-                  xerr=[[max(0, middle - 100 * low)], [max(0, 100 * high - middle)]], capsize=2)
-    axes.set_yticks(range(len(names)), [name for name, _ in names])
+        axes.barh(place, middle, color={"art": TRAINED, "oracle_gate": "0.88"}.get(name, FROZEN), ec="0.4",
+                  xerr=[[middle - 100 * low], [100 * high - middle]], capsize=3)
+        said = f"{middle:.1f}%" + (f", +{row['mended']} mended, \N{MINUS SIGN}{row['broken']} broken"
+                                   if name != "initial" else "")
+        axes.text(1.5, place, said, va="center", fontsize=11)
+    axes.set_yticks(range(len(ROWS)), ROWS.values(), fontsize=11)
     axes.invert_yaxis()
-    axes.axvline(100 * rows["initial"]["accuracy"], color="k", lw=0.8, ls=":")
-    axes.set_xlabel("right answers in % (95% intervals)")
-    axes.set_title("Does refining gain over the draft (dotted)?\nblue: the paper's rows, orange: ART, light: bounds",
-                   fontsize=10)
-
-
-def costs(axes, rows):
-    """Accuracy over tokens a question, labelled directly."""
-    for name, row in rows.items():
-        if name.startswith(("oracle", "asker_oracle", "gold", "random")):
-            continue
-        axes.plot(row["tokens"], 100 * row["accuracy"], "o", color="C1" if name == "art" else "C0", ms=4)
-        axes.annotate(name, (row["tokens"], 100 * row["accuracy"]), xytext=(4, 3), textcoords="offset points",
-                      fontsize=8)
-    axes.margins(x=0.2, y=0.1)
-    axes.set_xlabel("tokens a question, all models, read and written")
-    axes.set_title("What does a right answer cost?\nhigher and further left is better", fontsize=10)
+    axes.set_xlabel(f"right answers in % of {n:,} test questions (95% intervals)", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def main():
@@ -58,10 +71,12 @@ def main():
     from matplotlib import pyplot
     results = json.loads(path.read_text("utf-8"))
     rows = {row["row"]: row for row in results["rows"]}
+    if lacking := ROWS.keys() - rows.keys():
+        raise art.UserError(f"{path} lacks {', '.join(sorted(lacking))}: run evaluate.py without --rows")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    bars(left, rows)
-    costs(right, rows)
-    figure.suptitle(f"{results['task']}, {results['n']:,} test questions, LLM {Path(results['llm']).name}")
+    flow(left)
+    bars(right, rows, results["n"])
+    figure.suptitle(f"Ask, Refine, and Trust on {results['task']}, LLM {results['llm']}", fontsize=13)
     figure.savefig(path.with_name("results.png"), dpi=120)
     print(path.with_name("results.png"))
 
