@@ -1,4 +1,4 @@
-"""Draw the method, and beside it what a finished run gained, into results.png beside its results.json. Needs matplotlib.
+"""Draw the method, and beside it what a finished run gained, into results.png beside results.json. Needs matplotlib.
 
     python docs/plot.py runs/toy/default
 """
@@ -42,7 +42,7 @@ def flow(axes):
 
 def bars(axes, rows, n):
     """Right answers of four rows with their intervals; how many drafts were mended and broken."""
-    for place, (name, label) in enumerate(ROWS.items()):
+    for place, name in enumerate(ROWS):
         row = rows[name]
         middle, (low, high) = 100 * row["accuracy"], row["ci95"]
         axes.barh(place, middle, color={"art": TRAINED, "oracle_gate": "0.88"}.get(name, FROZEN), ec="0.4",
