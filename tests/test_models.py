@@ -37,7 +37,7 @@ def flat(made):
 def test_greedy_is_what_generate_writes(lm, prefix):
     """Text for text: neither the shared prefix nor padding nor rows that leave the batch change anything."""
     made = [one for (one,) in lm.generate(prompts_of(prefix=prefix), 60)]
-    local = lm.loaded
+    local = lm.backend
     assert (len(local.shared) >= 32) == bool(prefix) and (len({one["tokens"] for one in made}) > 1)
     for one, prompt in zip(made, prompts_of(prefix=prefix)):
         ids = torch.tensor([local.tokens(prompt)])
@@ -50,7 +50,7 @@ def test_greedy_is_what_generate_writes(lm, prefix):
 def test_logprob_is_that_of_the_text(lm):
     prompt = prompts_of(1)[0]
     ((made,),) = lm.generate([prompt], 96)
-    local, ids = lm.loaded, lm.loaded.tokens(prompt)
+    local, ids = lm.backend, lm.backend.tokens(prompt)
     new = local.tokens(made["text"]) + [local.tokenizer.eos_token_id]
     with torch.inference_mode():
         logits = local.model(input_ids=torch.tensor([ids + new])).logits[0, len(ids) - 1: -1]
@@ -104,7 +104,7 @@ def test_choose_is_a_plain_forward_pass(lm, prefix):
     """Yes against No at the token behind "Refine:", with prompts and answers of different lengths."""
     prompts, begun = prompts_of(4, prefix), ["Who?\nRefine:", "Refine:", "How many has Ann?\nBen?\nRefine:", "Refine:"]
     made = lm.choose(prompts, "Refine:", (" Yes", " No"), begun)
-    local = lm.loaded
+    local = lm.backend
     yes, no = (local.tokenizer(f"Refine:{word}", add_special_tokens=False)["input_ids"][-1] for word in (" Yes", " No"))
     for one, prompt, text in zip(made, prompts, begun):
         ids = local.tokens(prompt) + local.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -131,7 +131,7 @@ def save_scorer(folder, seed=3):
 
 def score(local, texts):
     """Scores of a backend in one batch."""
-    (rows,) = local.answers({text: (text, [0]) for text in texts}, {"kind": "score"}, lambda *place: True)
+    (rows,) = local.answers({text: (text, [0]) for text in texts}, {"kind": "score"}, {(text, 0) for text in texts})
     return [rows[text, 0]["score"] for text in texts]
 
 
@@ -162,7 +162,7 @@ def test_a_prompt_that_is_too_long_has_failed(lm, capsys):
     (bad,), (good,) = lm.generate([long, short], 20)
     assert bad["failed"] and not bad["stopped"] and good["tokens"] == 20 and "1 prompts are too long" in \
         capsys.readouterr().err
-    assert len(lm.said.rows) == 1 and len(art.Said(lm.said.path).rows) == 1
+    assert len(lm.cache.outputs) == 1 and len(art.Cache(lm.cache.path).outputs) == 1
     lm.generate([long, short], 20)
     assert (lm.asked, lm.known) == (3, 1)
 
@@ -177,8 +177,8 @@ def test_numbers_that_are_not_finite_make_no_answer(make_run, tmp_path, capsys):
     rows = [one for (one,) in lm.generate(prompts_of(2), 5)] + lm.choose(prompts_of(2), "Refine:", (" Yes", " No"))
     save_scorer(tmp_path / "adapter")
     scorer = art.Local(str(tmp_path / "base"), 32, 0.25, tmp_path / "adapter", scorer=True)
-    (scored,) = scorer.answers({"x": ("Text", [0])}, {"kind": "score"}, lambda *place: True)
-    assert all(row["failed"] for row in [*rows, *scored.values()]) and not lm.said.rows
+    (scored,) = scorer.answers({"x": ("Text", [0])}, {"kind": "score"}, {("x", 0)})
+    assert all(row["failed"] for row in [*rows, *scored.values()]) and not lm.cache.outputs
     assert "not finite" in capsys.readouterr().err
 
 

@@ -178,9 +178,9 @@ FRESH = """
 import sys, art
 scorer = art.Local("data/toy/base", 4, 0.25, sys.argv[1] + "/truster", scorer=True)
 asker = art.Local("data/toy/base", 4, 0.25, sys.argv[1] + "/asker")
-(scored,) = scorer.answers({"x": (sys.argv[2], [0])}, {"kind": "score"}, lambda *place: True)
+(scored,) = scorer.answers({"x": (sys.argv[2], [0])}, {"kind": "score"}, {("x", 0)})
 (chosen,) = asker.answers({"x": ([sys.argv[2], "Refine:"], [0])}, {"kind": "choose", "before": "Refine:",
-                          "options": [" Yes", " No"]}, lambda *place: True)
+                          "options": [" Yes", " No"]}, {("x", 0)})
 print(scored["x", 0]["score"].hex(), chosen["x", 0]["p"].hex())
 """
 
