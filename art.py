@@ -28,7 +28,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -541,8 +540,9 @@ PRESETS = {
              "kv_gib": 8.0, "lr": 2e-4, "asker_batch": (4, 8), "truster_batch": (1, 16), "task_epochs": 3, "epochs": 1,
              "save_steps": 50},
 }
-LLM_KEYS = ["model", "base_url", "bits", "chat", "shots", "strategy", "facts", "show_draft", "max_new_tokens",
-            "draft_temperature", "temperature", "sample_seed", "k", "preset"]  # kept in llm.json
+DEFAULTS = {"bits": 4, "chat": "auto", "strategy": "cot", "facts": "refine", "show_draft": "no", "temperature": 0.7,
+            "draft_temperature": 0.0, "sample_seed": 0}
+LLM_KEYS = ["preset", "model", "base_url", "k", "shots", "max_new_tokens", *DEFAULTS]  # kept in llm.json
 
 
 def make_parser(doc, training=None):
@@ -618,10 +618,6 @@ def temperature(text):
     if not re.fullmatch(r"none|[0-9]+\.?[0-9]*|\.[0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of 0 or more nor none")
     return text if text == "none" else float(text)
-
-
-DEFAULTS = {"bits": 4, "chat": "auto", "strategy": "cot", "facts": "refine", "show_draft": "no", "temperature": 0.7,
-            "draft_temperature": 0.0, "sample_seed": 0}
 
 
 def parse(parser, argv=None, training="asker"):
@@ -1147,12 +1143,12 @@ def plan_batches(sizes, budget):
     return batches
 
 
-def pad_left(rows, pad, device="cpu", shared=0):
-    """Token ids and mask, padded on the left; but behind the first `shared` tokens, which all rows have in common."""
+def pad_left(sequences, pad, device="cpu", shared=0):
+    """Token ids and mask, padded on the left; but behind the first `shared` tokens, which all have in common."""
     import torch
-    width = max(map(len, rows))
-    ids = [[*row[:shared], *[pad] * (width - len(row)), *row[shared:]] for row in rows]
-    mask = [[1] * shared + [0] * (width - len(row)) + [1] * (len(row) - shared) for row in rows]
+    width = max(map(len, sequences))
+    ids = [[*ids[:shared], *[pad] * (width - len(ids)), *ids[shared:]] for ids in sequences]
+    mask = [[1] * shared + [0] * (width - len(ids)) + [1] * (len(ids) - shared) for ids in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
@@ -1188,7 +1184,7 @@ class Local:
         import torch
         new = settings.get("max_new_tokens", 0)
         prompts = [(name, self.tokens(prompt), numbers) for name, (prompt, numbers) in items.items()]
-        fitting = [one for one in prompts if len(one[1]) + new <= self.limit]
+        fitting = [prompt for prompt in prompts if len(prompt[1]) + new <= self.limit]
         if len(fitting) < len(prompts):
             print(f"{len(prompts) - len(fitting)} prompts are too long for {self.name}, which reads {self.limit:,} "
                   "tokens: they count as failed; lower --max-new-tokens or --shots", file=sys.stderr)
@@ -1213,10 +1209,10 @@ class Local:
         return (self.tokenizer(prompt, add_special_tokens=not self.chat)["input_ids"]
                 + (self.tokenizer(begun, add_special_tokens=False)["input_ids"] if begun else []))
 
-    def read_prefix(self, rows):
+    def read_prefix(self, sequences):
         """What all prompts begin with, as exemplars, is read once and copied for each."""
         import torch
-        shared = os.path.commonprefix(rows)[: min(map(len, rows), default=1) - 1]
+        shared = os.path.commonprefix(sequences)[: min(map(len, sequences), default=1) - 1]
         self.shared, self.prefix = (shared, None) if len(shared) >= 32 else ([], None)
         if self.shared:
             ids = torch.tensor([shared], device=self.base.device)
@@ -1258,7 +1254,10 @@ class Local:
             out = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=places(mask)[:, -1:],
                              past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1].float()
-        return {(text["name"], text["number"]): self.ended(text, settings["stop"]) for text in texts}
+        return {(text["name"], text["number"]): {
+            "text": up_to(settings["stop"], self.tokenizer.decode(text["ids"], skip_special_tokens=True)),
+            "stopped": text["stopped"], "tokens": len(text["ids"]), "prompt_tokens": text["prompt_tokens"],
+            "logprob": text["logprob"]} for text in texts}
 
     def pick(self, logits, texts, temperature):
         """The next token of each text: the likeliest, or drawn by inverse CDF with one number from the text's source.
@@ -1283,12 +1282,6 @@ class Local:
             tails = self.tokenizer.decode([text["ids"][-32:] for text in texts], skip_special_tokens=True)
             for text, tail in zip(texts, tails):
                 text["stopped"] |= bool(re.search(stop, tail))
-
-    def ended(self, text, stop):
-        """A finished text as an output."""
-        written = self.tokenizer.decode(text["ids"], skip_special_tokens=True)
-        return {"text": up_to(stop, written), "stopped": text["stopped"], "tokens": len(text["ids"]),
-                "prompt_tokens": text["prompt_tokens"], "logprob": text["logprob"]}
 
     def choose(self, batch, settings):
         """Probability of the first option, from the two logits at the token where the options part, in fp32."""
@@ -1502,12 +1495,11 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
         trainer.train(resume_from_checkpoint=last and str(last[1]))
         trainer.report()
     model.save_pretrained(folder)
-    history = trainer.state.log_history
-    names = ("step", "text", "decision", "pairs")
+    history, names = trainer.state.log_history, ("step", "text", "decision", "pairs")
     return {"steps": steps, "trained_on": len(examples), "tokens": trainer.state.num_input_tokens_seen,
             "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-            "curve": [{name: row[name] for name in names if name in row} for row in history if "loss" in row],
-            "seconds": sum(row.get("train_runtime", 0.0) for row in history), "resumed_at": last[0] if last else 0,
+            "curve": [{name: entry[name] for name in names if name in entry} for entry in history if "loss" in entry],
+            "seconds": sum(entry.get("train_runtime", 0.0) for entry in history), "resumed_at": last[0] if last else 0,
             "peak_memory": peak_memory()}
 
 
@@ -1580,7 +1572,7 @@ def peak_memory():
 
 def code_hash(function):
     """A hash of a function's syntax tree: comments, docstrings and spacing do not count."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    tree = ast.parse(inspect.getsource(function))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]

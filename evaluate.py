@@ -333,9 +333,9 @@ def make_rows(outputs, wanted, kept):
         outputs.run.offline = row not in wanted
         try:
             if row in VOTES:
-                made = vote_row(outputs, row, figures["art"]["tokens"] if "art" in figures else math.inf)
+                about, verdicts = vote_row(outputs, row, figures["art"]["tokens"] if "art" in figures else math.inf)
             else:
-                made = make_row(outputs, row)
+                about, verdicts = make_row(outputs, row)
         except art.Missing as stage:
             lacking[row] = f"its answers ({stage}) are not those of today's settings: ask them with --rows {row}"
         except art.UserError as error:  # with --rows all what needs an adapter that nobody trained may be left out
@@ -343,8 +343,8 @@ def make_rows(outputs, wanted, kept):
                 raise
             lacking[row] = str(error)
         else:
-            about = dict(zip(("decides", "candidate", "chooses"), ROWS[row]))
-            figures[row], right[row] = {**about, "row": row, "strategy": args.strategy, **made[0]}, made[1]
+            who = dict(zip(("decides", "candidate", "chooses"), ROWS[row]))
+            figures[row], right[row] = {**who, "row": row, "strategy": args.strategy, **about}, verdicts
     outputs.run.offline = False
     for row, about in figures.items():
         for other in ("initial", "self_refine"):

@@ -143,7 +143,7 @@ def test_a_second_process_is_refused(model_of):
     model.generate(["four"], 9)
 
 
-def base_at(folder, change=1.0):
+def base_at(folder, change):
     """The toy's base in a folder of its own, its weights multiplied."""
     shutil.copytree(BASE, folder, dirs_exist_ok=True)
     weights = load_file(folder / "model.safetensors")
@@ -152,22 +152,15 @@ def base_at(folder, change=1.0):
     return str(folder)
 
 
-def test_a_model_remade_in_place_is_asked_anew(make_run, tmp_path):
-    """The same name and path, other weights; and with the old weights back, all is known again."""
-    def ask(change):
-        run = make_run(model=base_at(tmp_path / "base", change))
-        run.model("llm").generate(PROMPTS, 3)
-        return run.model("llm").asked
-
-    assert [ask(1.0), ask(0.5), ask(0.5), ask(1.0)] == [3, 3, 0, 0]
-
-
-@pytest.mark.parametrize("other", ["elsewhere/base", "elsewhere/renamed"])
-def test_the_same_weights_under_another_path_are_known(make_run, tmp_path, other):
-    for folder, asked in (("base", 3), (other, 0)):
-        lm = make_run(model=base_at(tmp_path / folder)).model("llm")
+def test_weights_tell_models_apart(make_run, tmp_path):
+    """The same name and path, other weights: asked anew. The old weights again, or another path and name: known."""
+    def ask(folder, change):
+        lm = make_run(model=base_at(tmp_path / folder, change)).model("llm")
         lm.generate(PROMPTS, 3)
-        assert lm.asked == asked
+        return lm.asked
+
+    cases = [("base", 1.0), ("base", 0.5), ("base", 0.5), ("base", 1.0), ("elsewhere/base", 1.0), ("elsewhere/b", 1.0)]
+    assert [ask(*case) for case in cases] == [3, 3, 0, 0, 0, 0]
 
 
 def test_last_line_of_a_log_is_that_of_the_start(kit):

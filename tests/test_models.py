@@ -60,24 +60,17 @@ def test_logprob_is_that_of_the_text(lm):
 
 def test_samples_do_not_depend_on_the_batch(make_run, tmp_path):
     """One batch, one question at a time in another order, other neighbours: the same samples, and they differ."""
+    def draw(folder, prompts, k=3, **changes):
+        lm = make_run(tmp_path / folder, **changes).model("llm")
+        return lm.generate(prompts, 40, k=k, temperature=1.0), lm.asked
+
     prompts = prompts_of()
-    together = make_run(tmp_path / "a").model("llm").generate(prompts, 40, k=3, temperature=1.0)
-    alone = make_run(tmp_path / "b", kv_gib=1e-6).model("llm").generate(prompts[::-1], 40, k=3, temperature=1.0)
-    some = make_run(tmp_path / "c").model("llm").generate(prompts[1:3], 40, k=3, temperature=1.0)
-    assert flat(together) == flat(alone[::-1]) and flat(together[1:3]) == flat(some)
-    assert len(set(flat(together))) > len(prompts)
-    other = make_run(tmp_path / "d", sample_seed=1).model("llm").generate(prompts, 40, k=3, temperature=1.0)
-    assert flat(other) != flat(together)
-
-
-def test_four_samples_made_eight(make_run, tmp_path):
-    """The first four stay as they are, and the eight are those that would have been drawn at once."""
-    prompts, lm = prompts_of(3), make_run().model("llm")
-    four = lm.generate(prompts, 40, k=4, temperature=1.0)
-    eight = lm.generate(prompts, 40, k=8, temperature=1.0)
-    assert [several[:4] for several in eight] == four and lm.asked == 3 * 8
-    at_once = make_run(tmp_path / "other").model("llm").generate(prompts, 40, k=8, temperature=1.0)
-    assert flat(eight) == flat(at_once)
+    together, alone = draw("a", prompts)[0], draw("b", prompts[::-1], kv_gib=1e-6)[0]
+    assert flat(together) == flat(alone[::-1]) and flat(together[1:3]) == flat(draw("c", prompts[1:3])[0])
+    assert len(set(flat(together))) > len(prompts) and flat(together) != flat(draw("d", prompts, sample_seed=1)[0])
+    more, asked = draw("a", prompts, k=5)  # the first three stay, and all five are those that are drawn at once
+    assert [several[:3] for several in more] == together and asked == 2 * len(prompts)
+    assert flat(more) == flat(draw("e", prompts, k=5)[0])
 
 
 def test_a_sample_is_drawn_by_inverse_cdf():
