@@ -717,8 +717,8 @@ def sample(args):
     write(run.task / "samples.jsonl", lines)
     write(run.task / "llm.json", {key: getattr(args, key) for key in LLM_KEYS})
     first, drawn = samples[0][0], [output for outputs in samples[: len(train)] for output in outputs]
-    show_record({"question": train[0]["question"], "a right answer" if first["correct"] else "a wrong answer":
-                 first["text"]})
+    kind = "a right answer" if first["correct"] else "a wrong answer"
+    show_record({"question": train[0]["question"], kind: first["text"]})
     cut = np.mean([not output["stopped"] for output in drawn])
     if cut > 0.02:
         print(f"warning: {cut:.1%} of the answers were cut off and count as wrong: raise --max-new-tokens")
@@ -1197,11 +1197,11 @@ class Local:
             if any((name, number) in missing for name, _, numbers in batch for number in numbers):
                 with torch.inference_mode():
                     outputs = getattr(self, settings["kind"])(batch, settings)
-                for place, output in outputs.items():
-                    if any(isinstance(value, float) and math.isnan(value) for value in output.values()):
-                        print(f"{self.name} gave numbers that are not finite: an answer has failed", file=sys.stderr)
-                        outputs[place] = failed_output(output["prompt_tokens"])
-                yield outputs
+                bad = {place: failed_output(output["prompt_tokens"]) for place, output in outputs.items()
+                       if any(value != value for value in output.values())}  # NaN alone is not what it is
+                if bad:
+                    print(f"{self.name} gave numbers that are not finite: {len(bad)} answers failed", file=sys.stderr)
+                yield outputs | bad
 
     def tokens(self, prompt):
         """Token ids of a prompt, or of [prompt, how the answer has begun]: two texts, as in training."""

@@ -405,8 +405,8 @@ def sentences(results):
 
 def kinds_table(outputs, right):
     """Share and accuracies by kind of question, where the task tells the kinds; "" otherwise."""
-    kinds, rows = np.array([record.get("kind") for record in outputs.records[outputs.test]]), (
-        "initial", "refine_always", "art")
+    kinds = np.array([record.get("kind") for record in outputs.records[outputs.test]])
+    rows = ("initial", "refine_always", "art")
     if None in kinds or not right.keys() >= set(rows):
         return ""
     lines = ["| kind of question | share | draft | refined | ART |", "| --- " * 5 + "|"]
