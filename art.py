@@ -1383,12 +1383,11 @@ class Endpoint:
     def generate(self, settings, name, number, prompt):
         """One text."""
         seed = int(short_hash([settings.get("sample_seed"), name, number])[:7], 16)
-        text, tokens, ended_by, usage = self.request(
-            prompt, settings["max_new_tokens"], settings["temperature"], seed)
-        stopped = bool(settings["stop"] and re.search(settings["stop"], text))
-        return {"text": up_to(settings["stop"], text), "tokens": usage.completion_tokens,
-                "stopped": stopped or ended_by not in ("length", "content_filter"),  # servers have many words for it
-                "prompt_tokens": usage.prompt_tokens,
+        limit, stop = settings["max_new_tokens"], settings["stop"]
+        text, tokens, ended_by, usage = self.request(prompt, limit, settings["temperature"], seed)
+        whole = ended_by not in ("length", "content_filter")  # servers have many words for a good end
+        return {"text": up_to(stop, text), "stopped": whole or bool(stop and re.search(stop, text)),
+                "tokens": usage.completion_tokens, "prompt_tokens": usage.prompt_tokens,
                 "logprob": sum(logprob for _, logprob, _ in tokens) if tokens else None}
 
     def choose(self, settings, name, number, prompt):
@@ -1404,11 +1403,12 @@ class Endpoint:
         text, tokens, _, usage = self.request(prompt, 8, 0.0, 0, top=5)
         word = re.search(rf"\b(?:{first}|{second})\b", text)
         p = float(bool(word) and word[0] == first)
-        listed = next((others for token, _, others in tokens if token.strip() in (first, second)), None)
-        if listed:  # an option that is not listed is at most as likely as the last listed
-            odds = [max((logprob for token, logprob in listed.items() if token.strip() == option),
-                        default=min(listed.values())) for option in (first, second)]
-            p = 1 / (1 + math.exp(odds[1] - odds[0]))
+        listed = next((others for token, _, others in tokens if token.strip() in (first, second)), None) or {}
+        least = min(listed.values(), default=-math.inf)  # what is not listed is at most as likely as the last listed
+        a, b = (max((logprob for token, logprob in listed.items() if token.strip() == option), default=least)
+                for option in (first, second))
+        if max(a, b) > -math.inf:
+            p = 1 / (1 + math.exp(min(b - a, 700)))  # some servers give -9999, whose exponential is too large
         return {"p": p, "prompt_tokens": usage.prompt_tokens}
 
     def request(self, prompt, max_tokens, temperature, seed, top=0):

@@ -122,8 +122,7 @@ def dev_figures(run, dev, samples):
     p = np.array([output["p_refine"] for output in asked])
     gold = [art.subquestions_of(record) == output["subquestions"] for record, output in zip(dev, asked)]
     return {"n": len(dev), "wrong_drafts": float(wrong.mean()), "auc": art.auc(p, wrong),
-            "right_decisions": float(np.mean((p >= 0.5) == wrong)),
-            "gold_subquestions": float(np.mean(gold))}
+            "right_decisions": float(np.mean((p >= 0.5) == wrong)), "gold_subquestions": float(np.mean(gold))}
 
 
 def main():
