@@ -755,12 +755,12 @@ def solve(args):
     asked = result["asked"]
     decision = (f"{DECISION} {'Yes' if 'refined' in result else 'No'}  (p_refine {asked['p_refine']:.2f} against "
                 f"{threshold:.2f}, {source})")
-    show_record({"question": question, "1 predict": result["draft"]["text"],
-                 "2 ask": "\n".join([*asked["subquestions"], decision])})
+    parts = {"question": question, "1 predict": result["draft"]["text"],
+             "2 ask": "\n".join([*asked["subquestions"], decision])}
     if "refined" in result:
-        show_record({"3 refine": result["refined"]["text"], "4 trust": f"draft {result['trust']['draft']:.2f}, "
-                                                                       f"refined {result['trust']['refined']:.2f}"})
-    show_record({"answer": result["final"]["answer"] or "none could be read"})
+        scores = "draft {draft:.2f}, refined {refined:.2f}".format(**result["trust"])
+        parts |= {"3 refine": result["refined"]["text"], "4 trust": scores}
+    show_record({**parts, "answer": result["final"]["answer"] or "none could be read"})
 
 
 def show(value, form=".1%"):
