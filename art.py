@@ -8,13 +8,15 @@
     python art.py subquestions          # only for data without sub-questions: the LLM writes them
     python art.py solve "QUESTION"      # one question through the four steps
 
-Three parts: the method; data and commands; machinery (models, what they said, QLoRA). Read the first, skip the last.
+Three parts: the method; data and commands; machinery (models, their cache, QLoRA). Read the first, skip the last.
 """
 
 import argparse
 import ast
+import collections
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -26,7 +28,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -42,9 +43,9 @@ ROOT = Path(__file__).resolve().parent
 # of lists. A record is {"id", "question", "answer", "solution": [[sub-question, step], ...]} and, in StrategyQA,
 # "facts"; an exemplar has a "draft" besides, right or wrong. `args` are the flags (part 2). `lm` is a Model (part 3):
 #     lm.render(prompts, exemplars, instruction)     prompts as the model reads them
-#     lm.generate(prompts, max_new_tokens, stop)     k outputs each {"text", "stopped", "tokens", "logprob", ...}
-#     lm.choose(prompts, before, options)            {"p": probability of the first of two words} each
-#     truster.score(texts)                           {"score"} each
+#     lm.generate(prompts, max_new_tokens, stop)     k outputs each: {"text", "stopped", "tokens", "logprob", ...}
+#     lm.choose(prompts, before, options)            an output each: {"p": probability of the first of two words}
+#     truster.score(texts)                           an output each: {"score"}
 # ======================================================================================================================
 
 # What a chat model is told behind the question; a base model is shown exemplars instead.
@@ -74,9 +75,7 @@ def question_block(record, facts=False):
     return "\n".join(lines) + "\n"
 
 
-# --- Step 1, predict: an answer by chain of thought, or by `decomp`, where each line asks a sub-question and answers it
-
-
+# --- Step 1, predict: an answer by chain of thought, or by `decomp`, whose lines each ask a sub-question and answer it
 # Facts are shown in step 3 (--facts refine), in steps 1 and 3 (both) or never (none); Asker and Truster never see them.
 
 
@@ -97,11 +96,11 @@ def solution_text(solution, answer, strategy="cot"):
 
 def predict(lm, args, records, temperature=0.0):
     """Step 1: an answer to each question (paper, section 3.1)."""
-    return [one for (one,) in sample_answers(lm, args, records, 1, temperature)]
+    return [output for (output,) in sample_answers(lm, args, records, 1, temperature)]
 
 
 def sample_answers(lm, args, records, k, temperature):
-    """k answers to each question: lists of k rows."""
+    """k answers to each question: lists of k outputs."""
     strategy, facts = lm.strategy or args.strategy, args.facts == "both"
     shots = [(predict_prompt(e, strategy, facts), solution_text(e["solution"], e["answer"], strategy))
              for e in lm.exemplars]
@@ -112,8 +111,9 @@ def sample_answers(lm, args, records, k, temperature):
 def solutions(lm, args, prompts, k=1, temperature=0.0):
     """Continue prompts up to the answer line (a base model at most up to a blank line), and read the answer."""
     stop = ANSWER_LINE[TASKS[args.task]["answer"]] + r"[^\n]*\n" + ("" if lm.chat else r"|\n\n|\n(?=Question:)")
-    made = lm.generate(prompts, args.max_new_tokens, stop, k, temperature)
-    return [[{**one, "answer": extract_answer(args.task, one["text"])} for one in several] for several in made]
+    outputs = lm.generate(prompts, args.max_new_tokens, stop, k, temperature)
+    return [[{**output, "answer": extract_answer(args.task, output["text"])} for output in samples]
+            for samples in outputs]
 
 
 # --- Step 2, ask: which sub-questions should the draft have settled, and does it have to be refined?
@@ -161,13 +161,13 @@ def ask(lm, args, records, drafts):
         subquestions_of(e), not is_correct(args.task, e["draft"], e["answer"]))) for e in lm.exemplars]
     prompts = [ask_prompt(record, draft["text"]) for record, draft in zip(records, drafts)]
     prompts = lm.render(prompts, shots, instruction(args.task, "ask"))
-    made = [one for (one,) in lm.generate(prompts, args.max_new_tokens, DECISION)]
-    asked = [parse_subquestions(one["text"]) for one in made]
-    begun = ["\n".join([*lines, DECISION]) for lines in asked]
-    decided = lm.choose(prompts, DECISION, (" Yes", " No"), begun)
-    return [{"subquestions": lines, "p_refine": with_odds(decision["p"], lm.prior_odds), "tokens": one["tokens"],
-             "prompt_tokens": one["prompt_tokens"] + decision["prompt_tokens"], "stopped": one["stopped"]}
-            for lines, decision, one in zip(asked, decided, made)]
+    outputs = [output for (output,) in lm.generate(prompts, args.max_new_tokens, DECISION)]
+    asked = [parse_subquestions(output["text"]) for output in outputs]
+    begun = ["\n".join([*subquestions, DECISION]) for subquestions in asked]
+    decisions = lm.choose(prompts, DECISION, (" Yes", " No"), begun)
+    return [{"subquestions": subquestions, "p_refine": with_odds(decision["p"], lm.prior_odds),
+             "tokens": output["tokens"], "prompt_tokens": output["prompt_tokens"] + decision["prompt_tokens"],
+             "stopped": output["stopped"]} for subquestions, decision, output in zip(asked, decisions, outputs)]
 
 
 def with_odds(p, odds):
@@ -192,13 +192,13 @@ def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
 def refine(lm, args, records, drafts, asked=None):
     """Step 3: a revised answer along the sub-questions, or where there are none of the draft (paper, section 3.3)."""
     facts, show_draft, prompts = args.facts != "none", args.show_draft == "yes", []
-    for record, draft, row in zip(records, drafts, asked or [{"subquestions": ()}] * len(records)):
-        lines = row["subquestions"]
-        shots = [(refine_prompt(e, e["draft"], subquestions_of(e) if lines else (), facts, show_draft),
+    for record, draft, output in zip(records, drafts, asked or [{"subquestions": ()}] * len(records)):
+        subquestions = output["subquestions"]
+        shots = [(refine_prompt(e, e["draft"], subquestions_of(e) if subquestions else (), facts, show_draft),
                   solution_text(e["solution"], e["answer"])) for e in lm.exemplars]
-        prompt = refine_prompt(record, draft["text"], lines, facts, show_draft)
-        prompts += lm.render([prompt], shots, instruction(args.task, "refine" if lines else "refine_plain"))
-    return [one for (one,) in solutions(lm, args, prompts)]
+        prompt = refine_prompt(record, draft["text"], subquestions, facts, show_draft)
+        prompts += lm.render([prompt], shots, instruction(args.task, "refine" if subquestions else "refine_plain"))
+    return [output for (output,) in solutions(lm, args, prompts)]
 
 
 # --- Step 4, trust: which of the two answers stands?
@@ -211,8 +211,8 @@ def trust_prompt(record, text):
 
 def trust(truster, args, records, drafts, refined):
     """Step 4: the Truster's scores of draft and refinement (paper, section 3.4)."""
-    old, new = (truster.score([trust_prompt(record, one["text"]) for record, one in zip(records, rows)])
-                for rows in (drafts, refined))
+    old, new = (truster.score([trust_prompt(record, answer["text"]) for record, answer in zip(records, answers)])
+                for answers in (drafts, refined))
     return [{"draft": a["score"], "refined": b["score"], "prompt_tokens": a["prompt_tokens"] + b["prompt_tokens"]}
             for a, b in zip(old, new)]
 
@@ -226,10 +226,10 @@ def trust_self(lm, args, records, drafts, refined):
     """Step 4 by the LLM itself: it sees the two answers in both orders, since a model may prefer a place."""
     pairs = [*zip(drafts, refined), *zip(refined, drafts)]
     prompts = [choice_prompt(record, a["text"], b["text"]) for record, (a, b) in zip([*records, *records], pairs)]
-    made = lm.choose(lm.render(prompts, (), instruction(args.task, "choose")), "Better answer:\n", ("A", "B"))
+    outputs = lm.choose(lm.render(prompts, (), instruction(args.task, "choose")), "Better answer:\n", ("A", "B"))
     return [{"draft": (a["p"] + 1 - b["p"]) / 2, "refined": (1 - a["p"] + b["p"]) / 2,
              "prompt_tokens": a["prompt_tokens"] + b["prompt_tokens"]}
-            for a, b in zip(made, made[len(records):])]
+            for a, b in zip(outputs, outputs[len(records):])]
 
 
 # --- The loop
@@ -243,16 +243,16 @@ def ask_refine_trust(run, records, threshold):
     llm, args = run.model("llm"), run.args
     drafts = predict(llm, args, records, args.draft_temperature)
     asked = ask(run.model("asker"), args, records, drafts)
-    rows = [{"draft": draft, "asked": one, "final": draft} for draft, one in zip(drafts, asked)]
-    doubted = [i for i, one in enumerate(asked) if one["p_refine"] >= threshold]
+    results = [{"draft": draft, "asked": output, "final": draft} for draft, output in zip(drafts, asked)]
+    doubted = [i for i, output in enumerate(asked) if output["p_refine"] >= threshold]
     if doubted:
         records, drafts, asked = ([column[i] for i in doubted] for column in (records, drafts, asked))
         refined = refine(llm, args, records, drafts, asked)
         scores = trust(run.model("truster"), args, records, drafts, refined)
         for i, new, score in zip(doubted, refined, scores):
-            better = new if score["refined"] > score["draft"] else rows[i]["draft"]
-            rows[i] |= {"refined": new, "trust": score, "final": better}
-    return rows
+            better = new if score["refined"] > score["draft"] else results[i]["draft"]
+            results[i] |= {"refined": new, "trust": score, "final": better}
+    return results
 
 
 # --- The rival that does all four steps in one text, behind `predict_prompt`
@@ -276,9 +276,10 @@ def parse_end_to_end(text):
 
 def end_to_end(lm, args, records):
     """An answer to each question by the model that does everything."""
-    made = lm.generate(lm.render([predict_prompt(record) for record in records]), 3 * args.max_new_tokens)
-    texts = [parse_end_to_end(one["text"]) for (one,) in made]
-    return [{**one, "text": text, "answer": extract_answer(args.task, text)} for (one,), text in zip(made, texts)]
+    outputs = lm.generate(lm.render([predict_prompt(record) for record in records]), 3 * args.max_new_tokens)
+    texts = [parse_end_to_end(output["text"]) for (output,) in outputs]
+    return [{**output, "text": text, "answer": extract_answer(args.task, text)}
+            for (output,), text in zip(outputs, texts)]
 
 
 # --- Answers: read from what a model wrote, compared as numbers or as yes/no; what cannot be read is None, never right
@@ -376,6 +377,11 @@ def is_correct(task, text, gold):
     return answer is not None and answer == extract_answer(task, f"#### {gold}")
 
 
+def verdict(task, output, gold):
+    """Is an answer right? One that was cut off is not, whatever its last number."""
+    return output["stopped"] and is_correct(task, output["text"], gold)
+
+
 # ======================================================================================================================
 # Part 2. Data and commands: tasks, files, flags; `sample`, `subquestions`, `solve`.
 # ======================================================================================================================
@@ -396,14 +402,12 @@ def read_jsonl(path, mend):
     """The records of a JSONL file; `mend` says where it comes from."""
     if not Path(path).is_file():
         raise UserError(f"{path} is missing: {mend}")
-    records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1):
-        if line.strip():
-            record = parse_line(line)
-            if record is None:
-                raise UserError(f"{path}, line {number}: not a JSON object; mend or delete that line")
-            records.append(record)
-    return records
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    records = {number: parse_line(line) for number, line in enumerate(lines, 1) if line.strip()}
+    for number, record in records.items():
+        if record is None:
+            raise UserError(f"{path}, line {number}: not a JSON object; mend or delete that line")
+    return list(records.values())
 
 
 def parse_line(line):
@@ -457,11 +461,9 @@ def load_split(args, split):
 
 def distinct_ids(records):
     """Refuse an id that stands for two records: one would get the samples of the other."""
-    seen = set()
-    for record in records:
-        if record["id"] in seen:
-            raise UserError(f"an id stands for two records, {record['id']}: they must differ, also between splits")
-        seen.add(record["id"])
+    counts = collections.Counter(record["id"] for record in records)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"an id stands for two records, {twice[0]}: they must differ, also between splits")
 
 
 def load_exemplars(task, shots, data=ROOT / "data"):
@@ -476,44 +478,36 @@ def load_run(folder):
 
     Where a record lacks a value it is None.
     """
-    def flatten(value, name=""):
-        if not isinstance(value, dict):
-            return {name: value}
-        return {key: leaf for part, inner in value.items()
-                for key, leaf in flatten(inner, f"{name}.{part}" if name else part).items()}
-
-    rows = [flatten(record) for record in read_jsonl(Path(folder) / "records.jsonl", "make it with: evaluate.py")]
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    plain = {name: all(isinstance(value, (bool, int, float, str)) for value in column)
-             for name, column in columns.items()}
-    return {name: np.array(column) if plain[name] else np.fromiter(column, object, len(column))
-            for name, column in columns.items()}
+    records, columns = read_jsonl(Path(folder) / "records.jsonl", "make it with: evaluate.py"), {}
+    for number, record in enumerate(records):
+        values = [*record.items()]
+        for name, value in values:  # it grows
+            if isinstance(value, dict):
+                values += [(f"{name}.{key}", inner) for key, inner in value.items()]
+            else:
+                columns.setdefault(name, np.full(len(records), None))[number] = value
+    return {name: column if any(value is None or isinstance(value, list) for value in column)
+            else np.array(column.tolist()) for name, column in columns.items()}
 
 
 def load_samples(args, records):
     """{id: {"samples": [...], "draft": ...}} from `python art.py sample`, for all of `records`."""
     path, mend = args.runs / args.task / "samples.jsonl", f"make it with: python art.py sample --task {args.task}"
-    rows = {row["id"]: row for row in read_jsonl(path, mend)}
+    sampled = {line["id"]: line for line in read_jsonl(path, mend)}
     distinct_ids(records)
-    if lacking := sum(record["id"] not in rows for record in records):
+    if lacking := sum(record["id"] not in sampled for record in records):
         raise UserError(f"{path} lacks {lacking} of {len(records)} questions: {mend}, with the same limits")
-    return {record["id"]: rows[record["id"]] for record in records}
+    return sampled
 
 
-def labels_of(row):
+def labels_of(sampled):
     """{text: correct} of the different samples of a question; one that failed teaches nothing."""
-    return {one["text"]: one["correct"] for one in row["samples"] if not one.get("failed")}
+    return {sample["text"]: sample["correct"] for sample in sampled["samples"] if not sample.get("failed")}
 
 
 def question_hash(record):
     """A hash of a question's words: adapters remember which questions they were trained on."""
     return short_hash(re.findall(r"\w+", record["question"].casefold()))
-
-
-def verdict(task, made, gold):
-    """Is an answer right? One that was cut off is not, whatever its last number."""
-    return made["stopped"] and is_correct(task, made["text"], gold)
 
 
 def auc(scores, labels):
@@ -546,8 +540,9 @@ PRESETS = {
              "kv_gib": 8.0, "lr": 2e-4, "asker_batch": (4, 8), "truster_batch": (1, 16), "task_epochs": 3, "epochs": 1,
              "save_steps": 50},
 }
-LLM_KEYS = ["model", "base_url", "bits", "chat", "shots", "strategy", "facts", "show_draft", "max_new_tokens",
-            "draft_temperature", "temperature", "sample_seed", "k", "preset"]  # kept in llm.json
+DEFAULTS = {"bits": 4, "chat": "auto", "strategy": "cot", "facts": "refine", "show_draft": "no", "temperature": 0.7,
+            "draft_temperature": 0.0, "sample_seed": 0}
+LLM_KEYS = ["preset", "model", "base_url", "k", "shots", "max_new_tokens", *DEFAULTS]  # kept in llm.json
 
 
 def make_parser(doc, training=None):
@@ -620,17 +615,9 @@ def positive(text):
 
 def temperature(text):
     """A number of at least 0, or the word none."""
-    try:
-        value = text if text == "none" else float(text)
-    except ValueError:
-        value = -1
-    if value != "none" and not 0 <= value < math.inf:
+    if not re.fullmatch(r"none|[0-9]+\.?[0-9]*|\.[0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text} is neither a number of 0 or more nor none")
-    return value
-
-
-DEFAULTS = {"bits": 4, "chat": "auto", "strategy": "cot", "facts": "refine", "show_draft": "no", "temperature": 0.7,
-            "draft_temperature": 0.0, "sample_seed": 0}
+    return text if text == "none" else float(text)
 
 
 def parse(parser, argv=None, training="asker"):
@@ -670,7 +657,7 @@ class Run:
     def adapter(self, name):
         """Folder of an adapter: "asker", "finetuned" or "end_to_end", or "truster"."""
         other = getattr(self.args, "truster_from" if name == "truster" else "asker_from", None)
-        return self.task / other / name if other else self.folder / name
+        return self.task / (other or self.args.run) / name
 
     def about(self, name):
         """args.json of a finished adapter: what made it, and its figures."""
@@ -689,36 +676,27 @@ class Run:
         self.models[name].label = label or name
         return self.models[name]
 
-    def load(self, model):
-        """The backend of a model, in the place of the one that was loaded before."""
-        if model.loaded is None:
-            for other in self.models.values():
-                other.loaded = None  # make room first
-            model.loaded = model.backend()
-        return model.loaded
-
     def llm(self):
         """The LLM on this machine or behind a server."""
         args = self.args
-        if not args.base_url and "none" in (args.temperature, args.draft_temperature):
-            raise UserError("--temperature none is for servers: here a number is needed")
         if args.base_url:
-            shots = load_exemplars(args.task, args.shots or 0, args.data)
-            return Model(self, args.model, {"server": args.base_url, "model": args.model}, lambda: Endpoint(args),
-                         args.chat != "no", shots)
-        chat = args.chat == "yes" or args.chat == "auto" and bool(load_tokenizer(args.model).chat_template)
-        if args.shots is None:
-            args.shots = 0 if chat else 8
-        identity = {"weights": weights_id(args.model, self.task), "bits": args.bits}
-        return Model(self, args.model, identity, lambda: Local(args.model, args.bits, args.kv_gib, chat=chat), chat,
-                     load_exemplars(args.task, args.shots, args.data))
+            chat, identity = args.chat != "no", {"server": args.base_url, "model": args.model}
+            args.shots, load = args.shots or 0, functools.partial(Endpoint, args)
+        else:
+            if "none" in (args.temperature, args.draft_temperature):
+                raise UserError("--temperature none is for servers: here a number is needed")
+            chat = args.chat == "yes" or args.chat == "auto" and bool(load_tokenizer(args.model).chat_template)
+            args.shots = (0 if chat else 8) if args.shots is None else args.shots
+            identity = {"weights": weights_id(args.model, self.task), "bits": args.bits}
+            load = functools.partial(Local, args.model, args.bits, args.kv_gib, chat=chat)
+        return Model(self, args.model, identity, load, chat, load_exemplars(args.task, args.shots, args.data))
 
     def adapted(self, name):
         """The model with that adapter: no chat template and no exemplars, as it was trained."""
         about, folder = self.about(name), self.adapter(name)
         identity = {"weights": about["weights"], "bits": about["bits"], "adapter": weights_id(folder, self.task)}
-        model = Model(self, name, identity, lambda: Local(about["model"], about["bits"], self.args.kv_gib, folder,
-                                                          scorer=name == "truster"))
+        model = Model(self, name, identity, functools.partial(
+            Local, about["model"], about["bits"], self.args.kv_gib, folder, scorer=name == "truster"))
         model.strategy, model.prior_odds = about.get("strategy"), about.get("prior_odds", 1.0)
         return model
 
@@ -727,29 +705,27 @@ def sample(args):
     """k samples of every question of train and dev, and the drafts of dev: what Asker and Truster learn from."""
     run, train, dev = Run(args), load_split(args, "train"), load_split(args, "dev")
     distinct_ids(train + dev)
-    banner(1, 5, f"the LLM answers {len(train) + len(dev):,} questions {args.k} times")
+    print(f"[1/5] the LLM answers {len(train) + len(dev):,} questions {args.k} times", flush=True)
     samples = sample_answers(run.model("llm", "samples"), args, train + dev, args.k, args.temperature)
-    for record, several in zip(train + dev, samples):
-        for one in several:
-            one["correct"] = verdict(args.task, one, record["answer"])
+    for record, outputs in zip(train + dev, samples):
+        for output in outputs:
+            output["correct"] = verdict(args.task, output, record["answer"])
+    lines = [{"id": record["id"], "samples": outputs} for record, outputs in zip(train + dev, samples)]
     drafts = predict(run.model("llm", "drafts of dev"), args, dev, args.draft_temperature)
-    rows = [{"id": record["id"], "samples": several} for record, several in zip(train + dev, samples)]
-    for row, draft in zip(rows[len(train):], drafts):
-        row["draft"] = draft
-    write(run.task / "samples.jsonl", rows)
+    for line, draft in zip(lines[len(train):], drafts):
+        line["draft"] = draft
+    write(run.task / "samples.jsonl", lines)
     write(run.task / "llm.json", {key: getattr(args, key) for key in LLM_KEYS})
-    made = [one for row in rows[: len(train)] for one in row["samples"]]
-    both = [i for i, row in enumerate(rows[: len(train)]) if len({one["correct"] for one in row["samples"]}) == 2]
-    if both:
-        one, other = (next(made["text"] for made in rows[both[0]]["samples"] if made["correct"] is kind)
-                      for kind in (True, False))
-        show_record({"question": train[both[0]]["question"], "a right answer": one, "a wrong answer": other})
-    cut = np.mean([not one["stopped"] for one in made])
+    first, drawn = samples[0][0], [output for outputs in samples[: len(train)] for output in outputs]
+    kind = "a right answer" if first["correct"] else "a wrong answer"
+    show_record({"question": train[0]["question"], kind: first["text"]})
+    cut = np.mean([not output["stopped"] for output in drawn])
     if cut > 0.02:
         print(f"warning: {cut:.1%} of the answers were cut off and count as wrong: raise --max-new-tokens")
-    print(f"{run.task / 'samples.jsonl'}: {len(made):,} samples of {len(train):,} training questions, "
-          f"{np.mean([one['correct'] for one in made]):.1%} right; {len(both):,} questions have right and wrong ones")
-    log_start(args, run)
+    both = sum(len({output["correct"] for output in outputs}) == 2 for outputs in samples[: len(train)])
+    print(f"{run.task / 'samples.jsonl'}: {len(drawn):,} samples of {len(train):,} training questions, "
+          f"{np.mean([output['correct'] for output in drawn]):.1%} right; {both:,} questions have right and wrong ones")
+    log_start(run)
 
 
 def subquestions(args):
@@ -757,11 +733,11 @@ def subquestions(args):
     run, train = Run(args), load_split(args, "train")
     golds = [{"text": solution_text(record.get("solution", []), record["answer"])} for record in train]
     asked, path = ask(run.model("llm", "sub-questions"), args, train, golds), run.task / "subquestions.jsonl"
-    write(path, [{"id": record["id"], "subquestions": row["subquestions"]} for record, row in zip(train, asked)])
+    write(path, [{"id": record["id"], "subquestions": output["subquestions"]} for record, output in zip(train, asked)])
     show_record({"question": train[0]["question"], "sub-questions": "\n".join(asked[0]["subquestions"])})
-    print(f"{path}: {np.mean([len(row['subquestions']) for row in asked]):.1f} sub-questions a question; next: "
+    print(f"{path}: {np.mean([len(output['subquestions']) for output in asked]):.1f} sub-questions a question; next: "
           f"python train_asker.py --task {args.task} --subquestions generated")
-    log_start(args, run)
+    log_start(run)
 
 
 def solve(args):
@@ -770,26 +746,21 @@ def solve(args):
     if args.random:
         question = random.choice(load_split(args, "test"))["question"]
     if not question:
-        raise UserError('give a question in quotes, or --random for one of the test questions')
+        raise UserError("give a question in quotes, or --random for one of the test questions")
     path = run.folder / "results.json"
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
-    threshold = next((row["threshold"] for row in rows if row["row"] == "art"), None)
-    known = f"the threshold of row art in {path}" if threshold is not None else "0.5, until evaluate.py sets it on dev"
-    threshold = 0.5 if threshold is None else threshold
-    (row,) = ask_refine_trust(run, [{"question": question}], threshold)
-    decision = f"{DECISION} {'Yes' if 'refined' in row else 'No'}"
-    show_record({"question": question, "1 predict": row["draft"]["text"], "2 ask": "\n".join(
-        [*row["asked"]["subquestions"], f"{decision}  (p_refine {row['asked']['p_refine']:.2f} against "
-                                        f"{threshold:.2f}, {known})"])})
-    if "refined" in row:
-        show_record({"3 refine": row["refined"]["text"], "4 trust": f"draft {row['trust']['draft']:.2f}, refined "
-                                                                    f"{row['trust']['refined']:.2f}"})
-    show_record({"answer": row["final"]["answer"] or "none could be read"})
-
-
-def banner(number, steps, text):
-    """The line that says which step begins."""
-    print(f"[{number}/{steps}] {text}", flush=True)
+    threshold, source = next(((row["threshold"], f"the threshold of row art in {path}") for row in rows
+                              if row["row"] == "art"), (0.5, "0.5, until evaluate.py sets it on dev"))
+    (result,) = ask_refine_trust(run, [{"question": question}], threshold)
+    asked = result["asked"]
+    decision = (f"{DECISION} {'Yes' if 'refined' in result else 'No'}  (p_refine {asked['p_refine']:.2f} against "
+                f"{threshold:.2f}, {source})")
+    parts = {"question": question, "1 predict": result["draft"]["text"],
+             "2 ask": "\n".join([*asked["subquestions"], decision])}
+    if "refined" in result:
+        scores = "draft {draft:.2f}, refined {refined:.2f}".format(**result["trust"])
+        parts |= {"3 refine": result["refined"]["text"], "4 trust": scores}
+    show_record({**parts, "answer": result["final"]["answer"] or "none could be read"})
 
 
 def show(value, form=".1%"):
@@ -803,14 +774,14 @@ def show_record(parts):
         print(f"  {name}: " + str(text).replace("\n", "\n" + " " * (len(name) + 4)))
 
 
-def log_start(args, run):
+def log_start(run):
     """Append to runs/<task>/log.jsonl what this start was: command, commit, versions, seconds, asked, known, memory."""
-    row = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seconds": round(time.time() - STARTED, 1),
-           "asked": {name: model.asked for name, model in run.models.items()},
-           "known": {name: model.known for name, model in run.models.items()}, "peak_memory": peak_memory(),
-           **provenance()}
+    start = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seconds": round(time.time() - STARTED, 1),
+             "asked": {name: model.asked for name, model in run.models.items()},
+             "known": {name: model.known for name, model in run.models.items()}, "peak_memory": peak_memory(),
+             **provenance()}
     with open(run.task / "log.jsonl", "a", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(start) + "\n")
 
 
 STARTED = time.time()
@@ -820,8 +791,8 @@ def provenance():
     """Commit of the kit ("+" behind it: with changes) and versions of what it runs on."""
     from importlib.metadata import version
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=9"]
-    made = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
-    return {"commit": made.stdout.strip() if made and made.returncode == 0 else None, "python": sys.version.split()[0],
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"commit": commit or None, "python": sys.version.split()[0],
             **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}}
 
 
@@ -854,8 +825,8 @@ def fail(text, code=2):
 
 
 # ======================================================================================================================
-# Part 3. Machinery: what a model said and is not asked again; models here and behind a server; QLoRA. Nothing here
-# knows what the texts are about. Slow libraries are imported where they are used, so that --help answers at once.
+# Part 3. Machinery: the cache of what models said; models here and behind a server; QLoRA. Nothing here knows what the
+# texts are about. Slow libraries are imported where they are used, so that --help answers at once.
 # ======================================================================================================================
 
 
@@ -876,30 +847,30 @@ def locked(path):
         raise UserError(f"another process is writing {path}: wait until it has ended, or stop it") from None
 
 
-class Said:
-    """What a model said: an append-only JSONL file. An answer is found by what was really asked.
+class Cache:
+    """What a model said: an append-only JSONL file. An output is found again by what was really asked.
 
     The key is (id of the settings, hash of the prompt as the model reads it, number of the sample). The settings hold
     the hash of the weights; each stands once in the file, in a line {"settings": id, "are": {...}}.
     """
 
-    def __init__(self, path):
-        self.path, self.settings, self.rows = path, {}, {}
+    def __init__(self, path, fresh=False):
+        self.path, self.settings, self.outputs = path, {}, {}
+        self.begin = path.stat().st_size if fresh and path.is_file() else 0  # what stands before that is not known
         if bad := self.read():
             print(f"{self.path}: {bad} unreadable lines skipped; their answers are asked anew", file=sys.stderr)
 
     def read(self):
         """Read the file; returns how many lines could not be read: a run was killed while it wrote them."""
-        bad = 0
-        for line in self.path.read_text("utf-8", errors="replace").split("\n") if self.path.is_file() else ():
-            row = parse_line(line) if line else {}
-            kinds = [type(row.get(key)) for key in ("settings", "are", "prompt", "number", "call")] if row else []
-            if kinds[:2] == [str, dict]:
-                self.settings[row["settings"]] = row["are"]
-            elif kinds[:1] + kinds[2:] == [str, str, int, str]:
-                self.rows[row["settings"], row["prompt"], row["number"]] = row
-            else:
-                bad += bool(line)
+        content, bad = self.path.read_bytes()[self.begin:] if self.path.is_file() else b"", 0
+        for line in content.decode("utf-8", errors="replace").split("\n"):
+            match parse_line(line):
+                case {"settings": str(key), "are": dict(settings)}:
+                    self.settings[key] = settings
+                case {"settings": str(key), "prompt": str(prompt), "number": int(number), "call": str()} as output:
+                    self.outputs[key, prompt, number] = output
+                case _:
+                    bad += bool(line)
         return bad
 
     @contextlib.contextmanager
@@ -907,49 +878,34 @@ class Said:
         """Hold the file for appending."""
         with locked(self.path):
             self.read()  # another process may have added to it
-            with open(self.path, "ab+") as self.file:
+            with open(self.path, "ab") as self.file:
+                if self.file.tell():
+                    self.file.write(b"\n")  # ends a line that is half-written; an empty one is skipped
                 yield
 
-    def append(self, rows):
-        """Add rows in one write, behind a line feed where the last line is half-written."""
-        self.file.seek(0, os.SEEK_END)
-        if self.file.tell():
-            self.file.seek(-1, os.SEEK_END)
-            if self.file.read(1) != b"\n":
-                self.file.write(b"\n")
-        self.file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    def append(self, lines):
+        """Add lines in one write."""
+        self.file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         self.file.flush()
-
-    def other_settings(self, settings, prompts):
-        """What differs in the settings with which most of these prompts were asked before, as text; "" if none were."""
-        counts = {}
-        for key, prompt, _ in self.rows:
-            if prompt in prompts and self.settings.get(key, {}).get("kind") == settings["kind"]:
-                counts[key] = counts.get(key, 0) + 1
-        if not counts:
-            return ""
-        other = self.settings[max(counts, key=counts.get)]
-        differ = [f"{name} {other.get(name)}" for name in settings if other.get(name) != settings[name]]
-        return f"; the same was asked with {', '.join(differ)}" if differ else ""
 
 
 class Model:
-    """A model that is asked only what it has not said before, and loaded only then.
+    """A model that is asked only what it has not been asked before, and loaded only then.
 
-    `backend` is a function that loads it: a Local or an Endpoint. `identity` says which model it is, down to its
-    weights; it is a part of every key.
+    `identity` says which model it is, down to its weights; it is a part of every key. `load` makes its backend, a Local
+    or an Endpoint.
     """
 
-    strategy, prior_odds, label, loaded = None, 1.0, "", None
+    strategy, prior_odds, label, backend = None, 1.0, "", None
 
-    def __init__(self, run, name, identity, backend, chat=False, exemplars=()):
-        self.run, self.identity, self.backend, self.chat, self.exemplars = run, identity, backend, chat, exemplars
-        self.name, self.asked, self.known, self.machines = name, 0, 0, set()
+    def __init__(self, run, name, identity, load, chat=False, exemplars=()):
+        self.run, self.name, self.identity, self.load, self.chat, self.exemplars = (
+            run, name, identity, load, chat, exemplars)
+        self.asked, self.known, self.machines = 0, 0, set()
         folder, own = run.task / "said", short_hash(identity)[:8]
         slug = re.sub(r"[^\w.-]+", "-", Path(name).name)
         found = next(folder.glob(f"*-{own}.jsonl"), None)  # the same model may have had another name
-        self.said = Said(found or folder / f"{slug}-{own}.jsonl")
-        self.forget = set(self.said.rows) if getattr(run.args, "fresh", False) else set()
+        self.cache = Cache(found or folder / f"{slug}-{own}.jsonl", getattr(run.args, "fresh", False))
 
     def render(self, prompts, shots=(), instruction=""):
         """Prompts as the model reads them: plain text behind its exemplars, or a chat (turns, for a server)."""
@@ -966,7 +922,7 @@ class Model:
     def generate(self, prompts, max_new_tokens, stop=None, k=1, temperature=0.0):
         """k texts for each prompt, up to the first match of the pattern `stop`; temperature 0 is greedy.
 
-        Lists of k rows {"text", "stopped", "tokens", "prompt_tokens", "logprob"}; tokens count what was written.
+        Lists of k outputs {"text", "stopped", "tokens", "prompt_tokens", "logprob"}; tokens count what was written.
         """
         settings = {"kind": "generate", "max_new_tokens": max_new_tokens, "stop": stop, "temperature": temperature}
         if temperature:
@@ -974,78 +930,82 @@ class Model:
         return self.answers(prompts, k, settings)
 
     def choose(self, prompts, before, options, begun=None):
-        """Which of two options comes next? Rows {"p": probability of the first, "prompt_tokens"}.
+        """Which of two options comes next? Outputs {"p": probability of the first, "prompt_tokens"}.
 
         `begun`: how each answer has begun; `before`: the end of the text in front of the options.
         """
         prompts = [[prompt, text] for prompt, text in zip(prompts, begun or [""] * len(prompts))]
-        made = self.answers(prompts, 1, {"kind": "choose", "before": before, "options": list(options)})
-        return [one for (one,) in made]
+        settings = {"kind": "choose", "before": before, "options": list(options)}
+        return [output for (output,) in self.answers(prompts, 1, settings)]
 
     def score(self, texts):
-        """The scalar that the model gives each text: rows {"score", "prompt_tokens"}."""
-        return [one for (one,) in self.answers(texts, 1, {"kind": "score"})]
+        """The scalar that the model gives each text: outputs {"score", "prompt_tokens"}."""
+        return [output for (output,) in self.answers(texts, 1, {"kind": "score"})]
 
     def answers(self, prompts, k, settings):
-        """Lists of k rows: known ones from the file, the others from the model."""
+        """Lists of k outputs: known ones from the cache, the others from the model."""
         settings = {**self.identity, **settings}
         key, names = short_hash(settings), [short_hash(prompt) for prompt in prompts]
         wanted = {(key, name, number): prompt for name, prompt in zip(names, prompts) for number in range(k)}
-        missing, failed = self.missing(wanted), {}
+        missing, failed = wanted.keys() - self.cache.outputs.keys(), {}
         self.known, self.asked = self.known + len(wanted) - len(missing), self.asked + len(missing)
         if missing and self.run.offline:
             raise Missing(self.label)
         if missing:
-            with self.said.writing():
+            with self.cache.writing():
                 failed = self.ask(key, settings, wanted)
-        made = [[failed.get((key, name, number)) or self.said.rows[key, name, number] for number in range(k)]
-                for name in names]
-        self.machines |= {row["on"] for several in made for row in several if "on" in row}
-        return made
-
-    def missing(self, wanted):
-        """The keys that have no answer yet."""
-        return [place for place in wanted if place not in self.said.rows or place in self.forget]
+        known = self.cache.outputs | failed
+        outputs = [[known[key, name, number] for number in range(k)] for name in names]
+        self.machines |= {output["on"] for several in outputs for output in several if "on" in output}
+        return outputs
 
     def ask(self, key, settings, wanted):
-        """Ask for what is missing, write it batch by batch, return what failed, {key: row}: that is not kept.
+        """Ask for what is missing, write it batch by batch, return what failed, {key: output}: that is not kept.
 
         Batches are planned over what was missing when this very call was first made, and a batch that was not written
         whole is computed whole: a run that was killed makes the same batches as one that was not.
         """
         from tqdm import tqdm
-        missing, call = set(self.missing(wanted)), short_hash(list(wanted))
-        items = {}
+        missing, call = wanted.keys() - self.cache.outputs.keys(), short_hash(list(wanted))
+        items, failed = {}, {}
         for place, prompt in wanted.items():
-            if place in missing or self.said.rows[place]["call"] == call:
+            if place in missing or self.cache.outputs[place]["call"] == call:
                 items.setdefault(place[1], (prompt, []))[1].append(place[2])
-        self.announce(settings, len(wanted), len(missing), items)
-        backend, failed = self.run.load(self), {}
-        if key not in self.said.settings:
-            self.said.append([{"settings": key, "are": settings}])
-            self.said.settings[key] = settings
+        self.announce(settings, items, len(wanted), len(missing))
+        for other in self.run.models.values():
+            other.backend = other.backend if other is self else None  # make room first
+        backend = self.backend = self.backend or self.load()
+        if key not in self.cache.settings:
+            self.cache.append([{"settings": key, "are": settings}])
+            self.cache.settings[key] = settings
         began = time.time()
         with tqdm(total=len(missing), desc=self.label, unit="answer", disable=None) as bar:
-            for rows in backend.answers(items, settings, lambda *place: (key, *place) in missing):
+            for batch in backend.answers(items, settings, {place[1:] for place in missing}):
                 new, seconds, began = {}, time.time() - began, time.time()
-                for (name, number), row in rows.items():
-                    row = {"settings": key, "prompt": name, "number": number, "call": call, "on": backend.machine,
-                           "seconds": round(seconds / len(rows), 3), **row}
+                for (name, number), output in batch.items():
                     if (key, name, number) in missing:
-                        (failed if row.get("failed") else new)[key, name, number] = row
-                self.said.append(new.values())
-                self.said.rows |= new
-                self.forget -= new.keys()
+                        (failed if output.get("failed") else new)[key, name, number] = {
+                            "settings": key, "prompt": name, "number": number, "call": call, "on": backend.machine,
+                            "seconds": round(seconds / len(batch), 3), **output}
+                self.cache.append(new.values())
+                self.cache.outputs |= new
                 bar.update(len(new))
         return failed
 
-    def announce(self, settings, wanted, missing, prompts):
+    def announce(self, settings, prompts, wanted, missing):
         """The line before asking: how much is known, how long the rest may take, what differs from what is there."""
-        before = [row["seconds"] for row in self.said.rows.values()
-                  if self.said.settings.get(row["settings"], {}).get("kind") == settings["kind"]]
-        minutes = f" (about {max(1, np.mean(before) * missing / 60):.0f} minutes)" if before else ""
-        other = self.said.other_settings(settings, prompts) if missing == wanted else ""
-        print(f"{self.label}: {wanted - missing:,} of {wanted:,} known, asking {missing:,}{minutes}{other}", flush=True)
+        kind = {key for key, other in self.cache.settings.items() if other.get("kind") == settings["kind"]}
+        before = [output for output in self.cache.outputs.values() if output["settings"] in kind]
+        text = f"{self.label}: {wanted - missing:,} of {wanted:,} known, asking {missing:,}"
+        if before:
+            minutes = np.mean([output["seconds"] for output in before]) * missing / 60
+            text += f" (about {max(1, minutes):.0f} minutes)"
+        same = collections.Counter(output["settings"] for output in before if output["prompt"] in prompts)
+        if same and missing == wanted:
+            other = self.cache.settings[same.most_common(1)[0][0]]
+            differ = [f"{name} {other.get(name)}" for name in settings if other.get(name) != settings[name]]
+            text += f"; the same was asked with {', '.join(differ)}" if differ else ""
+        print(text, flush=True)
 
 
 class Missing(Exception):
@@ -1125,18 +1085,14 @@ def compute_dtype(bits):
     return torch.float16
 
 
+@functools.cache
 def load_tokenizer(name):
-    """A tokenizer with a padding token; loaded once."""
-    if name not in TOKENIZERS:
-        import transformers
-        with loading(name):
-            TOKENIZERS[name] = transformers.AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=False)
-        tokenizer = TOKENIZERS[name]
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
-    return TOKENIZERS[name]
-
-
-TOKENIZERS = {}
+    """A tokenizer with a padding token."""
+    import transformers
+    with loading(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=False)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
 
 
 def load_base(name, bits, head="AutoModelForCausalLM", **settings):
@@ -1187,12 +1143,12 @@ def plan_batches(sizes, budget):
     return batches
 
 
-def pad_left(rows, pad, device="cpu", shared=0):
-    """Token ids and mask, padded on the left; but behind the first `shared` tokens, which all rows have in common."""
+def pad_left(sequences, pad, device="cpu", shared=0):
+    """Token ids and mask, padded on the left; but behind the first `shared` tokens, which all have in common."""
     import torch
-    width = max(map(len, rows))
-    ids = [[*row[:shared], *[pad] * (width - len(row)), *row[shared:]] for row in rows]
-    mask = [[1] * shared + [0] * (width - len(row)) + [1] * (len(row) - shared) for row in rows]
+    width = max(map(len, sequences))
+    ids = [[*ids[:shared], *[pad] * (width - len(ids)), *ids[shared:]] for ids in sequences]
+    mask = [[1] * shared + [0] * (width - len(ids)) + [1] * (len(ids) - shared) for ids in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
@@ -1220,25 +1176,32 @@ class Local:
         self.limit = getattr(config, "max_position_embeddings", None) or math.inf
         self.machine = f"{self.base.device.type} {str(dtype).removeprefix('torch.')}"
 
-    def answers(self, items, settings, is_missing):
-        """Yield {(prompt's name, number): row} batch by batch. `items`: {name: (prompt, numbers)}."""
+    def answers(self, items, settings, missing):
+        """Yield {(prompt's name, number): output} batch by batch. `items`: {name: (prompt, numbers)}.
+
+        A prompt that is too long, and numbers that are not finite, as fp16 may give, have failed.
+        """
         import torch
         new = settings.get("max_new_tokens", 0)
-        lines = [(name, self.tokens(prompt), numbers) for name, (prompt, numbers) in items.items()]
-        long = [line for line in lines if len(line[1]) + new > self.limit]
-        if long:
-            print(f"{len(long)} prompts are too long for {self.name}, which reads {self.limit:,} tokens: they count as "
-                  "failed; lower --max-new-tokens or --shots", file=sys.stderr)
-            yield {(name, number): failed_row(len(ids)) for name, ids, numbers in long for number in numbers}
-        lines = [line for line in lines if len(line[1]) + new <= self.limit]
+        prompts = [(name, self.tokens(prompt), numbers) for name, (prompt, numbers) in items.items()]
+        fitting = [prompt for prompt in prompts if len(prompt[1]) + new <= self.limit]
+        if len(fitting) < len(prompts):
+            print(f"{len(prompts) - len(fitting)} prompts are too long for {self.name}, which reads {self.limit:,} "
+                  "tokens: they count as failed; lower --max-new-tokens or --shots", file=sys.stderr)
+            yield {(name, number): failed_output(len(ids)) for name, ids, numbers in prompts for number in numbers
+                   if len(ids) + new > self.limit}
         with torch.inference_mode():
-            self.read_prefix([ids for _, ids, _ in lines] if settings["kind"] != "score" else [])
-        for batch in plan_batches([(len(numbers), len(ids) + new) for _, ids, numbers in lines], self.budget):
-            batch = [lines[i] for i in batch]
-            if any(is_missing(name, number) for name, _, numbers in batch for number in numbers):
+            self.read_prefix([ids for _, ids, _ in fitting] if settings["kind"] != "score" else [])
+        for batch in plan_batches([(len(numbers), len(ids) + new) for _, ids, numbers in fitting], self.budget):
+            batch = [fitting[i] for i in batch]
+            if any((name, number) in missing for name, _, numbers in batch for number in numbers):
                 with torch.inference_mode():
-                    rows = getattr(self, settings["kind"])(batch, settings)
-                yield rows
+                    outputs = getattr(self, settings["kind"])(batch, settings)
+                bad = {place: failed_output(output["prompt_tokens"]) for place, output in outputs.items()
+                       if any(value != value for value in output.values())}  # NaN alone is not what it is
+                if bad:
+                    print(f"{self.name} gave numbers that are not finite: {len(bad)} answers failed", file=sys.stderr)
+                yield outputs | bad
 
     def tokens(self, prompt):
         """Token ids of a prompt, or of [prompt, how the answer has begun]: two texts, as in training."""
@@ -1246,10 +1209,10 @@ class Local:
         return (self.tokenizer(prompt, add_special_tokens=not self.chat)["input_ids"]
                 + (self.tokenizer(begun, add_special_tokens=False)["input_ids"] if begun else []))
 
-    def read_prefix(self, rows):
+    def read_prefix(self, sequences):
         """What all prompts begin with, as exemplars, is read once and copied for each."""
         import torch
-        shared = os.path.commonprefix(rows)[: min(map(len, rows), default=1) - 1]
+        shared = os.path.commonprefix(sequences)[: min(map(len, sequences), default=1) - 1]
         self.shared, self.prefix = (shared, None) if len(shared) >= 32 else ([], None)
         if self.shared:
             ids = torch.tensor([shared], device=self.base.device)
@@ -1267,20 +1230,20 @@ class Local:
                      **settings), mask
 
     def generate(self, batch, settings):
-        """Texts, token by token; rows that have ended leave the batch."""
+        """Texts, token by token; those that have ended leave the batch."""
         import torch
-        rows = [{"name": name, "number": number, "ids": [], "stopped": False, "failed": False, "logprob": 0.0,
-                 "random": random.Random(f"{settings.get('sample_seed')} {name} {number}"),
-                 "prompt_tokens": len(ids)} for name, ids, numbers in batch for number in numbers]
+        texts = [{"name": name, "number": number, "ids": [], "stopped": False, "logprob": 0.0,
+                  "random": random.Random(f"{settings.get('sample_seed')} {name} {number}"),
+                  "prompt_tokens": len(ids)} for name, ids, numbers in batch for number in numbers]
         owners = torch.tensor([i for i, (_, _, numbers) in enumerate(batch) for _ in numbers], device=self.base.device)
         out, mask = self.read(batch, self.model, logits_to_keep=1)  # each prompt once, whatever the number of samples
         cache, logits, mask = out.past_key_values, out.logits[owners, -1].float(), mask[owners]
         cache.batch_select_indices(owners)
-        writing = rows
+        writing = texts
         for _ in range(settings["max_new_tokens"]):
             tokens = self.pick(logits, writing, settings["temperature"])
             self.note(writing, tokens, logits, settings["stop"])
-            going = [place for place, row in enumerate(writing) if not row["stopped"] and not row["failed"]]
+            going = [place for place, text in enumerate(writing) if not text["stopped"]]
             if not going:
                 break
             if len(going) < len(writing):
@@ -1291,10 +1254,13 @@ class Local:
             out = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=places(mask)[:, -1:],
                              past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1].float()
-        return {(row["name"], row["number"]): self.text_row(row, settings["stop"]) for row in rows}
+        return {(text["name"], text["number"]): {
+            "text": up_to(settings["stop"], self.tokenizer.decode(text["ids"], skip_special_tokens=True)),
+            "stopped": text["stopped"], "tokens": len(text["ids"]), "prompt_tokens": text["prompt_tokens"],
+            "logprob": text["logprob"]} for text in texts}
 
-    def pick(self, logits, rows, temperature):
-        """The next token of each row: the likeliest, or drawn by inverse CDF with one number from the row's own source.
+    def pick(self, logits, texts, temperature):
+        """The next token of each text: the likeliest, or drawn by inverse CDF with one number from the text's source.
 
         So a sample follows from (seed, prompt, number) alone, whatever stands beside it in the batch.
         """
@@ -1302,31 +1268,20 @@ class Local:
         if not temperature:
             return logits.argmax(-1)
         cdf = (logits / temperature).double().softmax(-1).cumsum(-1)
-        drawn = torch.tensor([row["random"].random() for row in rows], dtype=cdf.dtype, device=cdf.device)
+        drawn = torch.tensor([text["random"].random() for text in texts], dtype=cdf.dtype, device=cdf.device)
         return torch.searchsorted(cdf, drawn[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
 
-    def note(self, rows, tokens, logits, stop):
-        """Put the new tokens into their rows, and see which rows have ended."""
+    def note(self, texts, tokens, logits, stop):
+        """Put the new tokens behind their texts, and see which of these have ended."""
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs):
-            row["failed"] = math.isnan(logprob)  # as fp16 may give; it would pass for an answer
-            row["ids"].append(token)
-            row["logprob"] += logprob
-            row["stopped"] = token in self.ends
+        for text, token, logprob in zip(texts, tokens.tolist(), logprobs):
+            text["ids"].append(token)
+            text["logprob"] += logprob
+            text["stopped"] = token in self.ends
         if stop:
-            tails = self.tokenizer.decode([row["ids"][-32:] for row in rows], skip_special_tokens=True)
-            for row, tail in zip(rows, tails):
-                row["stopped"] |= bool(re.search(stop, tail))
-
-    def text_row(self, row, stop):
-        """A finished row as it is kept."""
-        if row["failed"]:
-            print(f"{self.name} gave numbers that are not finite: an answer counts as failed", file=sys.stderr)
-            return failed_row(row["prompt_tokens"])
-        text = self.tokenizer.decode(row["ids"], skip_special_tokens=True)
-        match = re.search(stop, text) if stop else None
-        return {"text": text[: match.end() if match else None].strip(), "stopped": row["stopped"],
-                "tokens": len(row["ids"]), "prompt_tokens": row["prompt_tokens"], "logprob": row["logprob"]}
+            tails = self.tokenizer.decode([text["ids"][-32:] for text in texts], skip_special_tokens=True)
+            for text, tail in zip(texts, tails):
+                text["stopped"] |= bool(re.search(stop, tail))
 
     def choose(self, batch, settings):
         """Probability of the first option, from the two logits at the token where the options part, in fp32."""
@@ -1340,18 +1295,22 @@ class Local:
         hidden, head = out.last_hidden_state[:, -1].float(), self.base.get_output_embeddings()
         logits = hidden @ head.weight[pair].float().T + (head.bias[pair].float() if head.bias is not None else 0)
         chances = (logits[:, 0] - logits[:, 1]).double().sigmoid().tolist()
-        return {(name, 0): failed_row(len(ids)) if math.isnan(p) else {"p": p, "prompt_tokens": len(ids)}
-                for (name, ids, _), p in zip(batch, chances)}
+        return {(name, 0): {"p": p, "prompt_tokens": len(ids)} for (name, ids, _), p in zip(batch, chances)}
 
     def score(self, batch, settings):
         """The scalar of each text."""
         ids, mask = pad_left([ids for _, ids, _ in batch], self.tokenizer.pad_token_id, self.base.device)
         scores = score_batch(self.model, ids, mask).tolist()
-        return {(name, 0): failed_row(len(ids)) if math.isnan(score) else {"score": score, "prompt_tokens": len(ids)}
-                for (name, ids, _), score in zip(batch, scores)}
+        return {(name, 0): {"score": score, "prompt_tokens": len(ids)} for (name, ids, _), score in zip(batch, scores)}
 
 
-def failed_row(prompt_tokens=0):
+def up_to(stop, text):
+    """A text up to its first match of the pattern `stop`, if there is one."""
+    match = re.search(stop, text) if stop else None
+    return text[: match.end() if match else None].strip()
+
+
+def failed_output(prompt_tokens=0):
     """An answer that could not be had: it counts as wrong, is not kept, and is asked again by the next start."""
     return {"failed": True, "text": "", "stopped": False, "tokens": 0, "prompt_tokens": prompt_tokens, "logprob": None,
             "p": 0.0, "score": -1e9}
@@ -1391,110 +1350,101 @@ class Endpoint:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # one's own server needs no key
         self.client = openai.OpenAI(base_url=args.base_url, api_key=self.key, max_retries=5, timeout=300)
         self.silent = "none" in (args.temperature, args.draft_temperature)  # some models refuse the parameter
-        self.logprobs, self.answered, self.refused, self.refusal = True, False, 0, ""
+        self.logprobs, self.rejected = True, 0
 
-    def answers(self, items, settings, is_missing):
+    def answers(self, items, settings, missing):
         """As `Local.answers`, one answer at a time, in the order in which they come."""
-        todo = [(name, number, prompt) for name, (prompt, numbers) in items.items() for number in numbers
-                if is_missing(name, number)]
         work = self.generate if settings["kind"] == "generate" else self.choose
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            asked = {pool.submit(work, settings, *place): place for place in todo}
+            asked = {pool.submit(work, settings, name, number, prompt): (name, number)
+                     for name, (prompt, numbers) in items.items() for number in numbers if (name, number) in missing}
             for done in as_completed(asked):
-                name, number, _ = asked[done]
-                yield {(name, number): done.result()}
-            if not self.answered:
-                raise UserError(self.refusal)
+                try:
+                    output, self.rejected = done.result(), 0
+                except self.openai.OpenAIError as error:
+                    output = self.failed(error)
+                yield {asked[done]: output}
         finally:  # after an error or Ctrl-C nothing more is asked
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def failed(self, error):
+        """One question that is too long or not allowed counts as failed; whatever else goes wrong ends the run."""
+        text = " ".join(str(error).split()).replace(self.key, "...")[:300]
+        self.rejected += 1
+        if "temperature" in text:
+            raise UserError("the server refuses the temperature: give --temperature none --draft-temperature none")
+        if not isinstance(error, self.openai.BadRequestError) or self.rejected == 10:
+            raise UserError(f"the server says: {text}; what is finished is kept, the same command goes on. Check "
+                            "--base-url (most end in /v1), --model, --chat and OPENAI_API_KEY") from None
+        print(f"the server rejected a question: {text}", file=sys.stderr)
+        return failed_output()
 
     def generate(self, settings, name, number, prompt):
         """One text."""
         seed = int(short_hash([settings.get("sample_seed"), name, number])[:7], 16)
-        reply = self.request(prompt, settings["max_new_tokens"], settings["temperature"], seed)
-        if reply is None:
-            return failed_row()
-        text, tokens, choice, usage = reply
-        match = re.search(settings["stop"], text) if settings["stop"] else None
-        whole = choice.finish_reason not in ("length", "content_filter")  # servers have many words for its end
-        return {"text": text[: match.end() if match else None].strip(), "stopped": bool(match) or whole,
+        limit, stop = settings["max_new_tokens"], settings["stop"]
+        text, tokens, ended_by, usage = self.request(prompt, limit, settings["temperature"], seed)
+        whole = ended_by not in ("length", "content_filter")  # servers have many words for a good end
+        return {"text": up_to(stop, text), "stopped": whole or bool(stop and re.search(stop, text)),
                 "tokens": usage.completion_tokens, "prompt_tokens": usage.prompt_tokens,
                 "logprob": sum(logprob for _, logprob, _ in tokens) if tokens else None}
 
     def choose(self, settings, name, number, prompt):
         """The first of two options against the second: from log-probabilities, else 0 or 1 by the word."""
-        prompt, text = prompt
+        prompt, begun = prompt
         first, second = (option.strip() for option in settings["options"])
         if isinstance(prompt, str):
-            prompt += text
-        elif text:  # a server does not go on with a turn of a chat: the decision is asked for in another
+            prompt += begun
+        elif begun:  # a server does not go on with a turn of a chat: the decision is asked for in another
             question = f"{settings['before']} {first} or {second}? Answer with this one word."
-            prompt = [*prompt, {"role": "assistant", "content": text.removesuffix(settings["before"]).strip() or "-"},
+            prompt = [*prompt, {"role": "assistant", "content": begun.removesuffix(settings["before"]).strip() or "-"},
                       {"role": "user", "content": question}]
-        reply = self.request(prompt, 8, 0.0, 0, top=5)
-        if reply is None:
-            return failed_row()
-        text, tokens, _, usage = reply
-        for token, _, others in tokens:
-            if token.strip() in (first, second):  # one that is not listed is at most as likely as the last listed
-                least = min(others.values(), default=-math.inf)
-                odds = [max((p for word, p in others.items() if word.strip() == option), default=least)
-                        for option in (first, second)]
-                if max(odds) == -math.inf:
-                    break  # nothing is listed
-                return {"p": 1 / (1 + math.exp(odds[1] - odds[0])), "prompt_tokens": usage.prompt_tokens}
+        text, tokens, _, usage = self.request(prompt, 8, 0.0, 0, top=5)
         word = re.search(rf"\b(?:{first}|{second})\b", text)
-        return {"p": float(bool(word) and word[0] == first), "prompt_tokens": usage.prompt_tokens}
+        p = float(bool(word) and word[0] == first)
+        listed = next((others for token, _, others in tokens if token.strip() in (first, second)), None) or {}
+        least = min(listed.values(), default=-math.inf)  # what is not listed is at most as likely as the last listed
+        a, b = (max((logprob for token, logprob in listed.items() if token.strip() == option), default=least)
+                for option in (first, second))
+        if max(a, b) > -math.inf:
+            p = 1 / (1 + math.exp(min(b - a, 700)))  # some servers give -9999, whose exponential is too large
+        return {"p": p, "prompt_tokens": usage.prompt_tokens}
 
     def request(self, prompt, max_tokens, temperature, seed, top=0):
-        """(text, [(token, logprob, {token: logprob}), ...], choice, usage); None if this one question was rejected."""
+        """(text, [(token, logprob, {token: logprob}), ...], why it ended, usage)."""
         chat = isinstance(prompt, list)
         settings = {"model": self.name, "seed": seed}
         if not self.silent:
             settings["temperature"] = temperature
         if chat:
             settings |= {"messages": prompt, "max_completion_tokens": max_tokens}
-            more = {"logprobs": True, "top_logprobs": top}
+            settings |= {"logprobs": True, "top_logprobs": top} if self.logprobs else {}
         else:
             settings |= {"prompt": prompt, "max_tokens": max_tokens, "stop": ["\nQuestion:"]}
-            more = {"logprobs": max(top, 1)}
-        create, more = (self.client.chat if chat else self.client).completions.create, more if self.logprobs else {}
+            settings |= {"logprobs": max(top, 1)} if self.logprobs else {}
         try:
-            reply = create(**settings, **more)
+            reply = (self.client.chat if chat else self.client).completions.create(**settings)
         except ValueError:  # no JSON
             reply = None
         except self.openai.OpenAIError as error:
-            if more and "logprobs" in str(error):
-                print("the server gives no log-probabilities: decisions are read from words", file=sys.stderr)
-                self.logprobs = False
-                return self.request(prompt, max_tokens, temperature, seed)
-            return self.rejected(error)
+            if "logprobs" not in settings or "logprobs" not in str(error):
+                raise
+            print("the server gives no log-probabilities: decisions are read from words", file=sys.stderr)
+            self.logprobs = False
+            return self.request(prompt, max_tokens, temperature, seed)
         if not getattr(reply, "choices", None) or not reply.usage:
             raise UserError("the server answers, but not as an OpenAI-compatible one: most addresses end in /v1")
-        self.answered, self.refused, choice = True, 0, reply.choices[0]
-        given = choice.logprobs
+        choice, given = reply.choices[0], reply.choices[0].logprobs
         if chat:
             text = choice.message.content or ""
-            rows = [(token.token, token.logprob, {other.token: other.logprob for other in token.top_logprobs or ()})
-                    for token in given and given.content or ()]
+            tokens = [(token.token, token.logprob, {other.token: other.logprob for other in token.top_logprobs or ()})
+                      for token in given and given.content or ()]
         else:
             text = choice.text.partition("\nQuestion:")[0]  # some servers give the stop back
-            rows = list(zip(given.tokens or (), given.token_logprobs or (), given.top_logprobs or ())) if given else []
-        return text.encode("utf-8", "replace").decode(), rows, choice, reply.usage  # without half characters
-
-    def rejected(self, error):
-        """One question that is too long or not allowed counts as failed; whatever else goes wrong ends the run."""
-        said = " ".join(str(error).split()).replace(self.key, "...")[:300]
-        self.refused += 1
-        self.refusal = (f"the server says: {said}; what is finished is kept, the same command goes on. Check "
-                        "--base-url (most end in /v1), --model, --chat and OPENAI_API_KEY")
-        if "temperature" in said:
-            self.refusal = "the server refuses the temperature: give --temperature none --draft-temperature none"
-        elif isinstance(error, self.openai.BadRequestError) and self.refused < 10:
-            print(f"the server rejected a question: {said}", file=sys.stderr)
-            return None
-        raise UserError(self.refusal) from None
+            tokens = [*zip(given.tokens or (), given.token_logprobs or (), given.top_logprobs or ())] if given else []
+        text = text.encode("utf-8", "replace").decode()  # without half characters
+        return text, tokens, choice.finish_reason, reply.usage
 
 
 # --- QLoRA. The loop is transformers.Trainer's.
@@ -1545,12 +1495,11 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
         trainer.train(resume_from_checkpoint=last and str(last[1]))
         trainer.report()
     model.save_pretrained(folder)
-    history = trainer.state.log_history
-    names = ("step", "text", "decision", "pairs")
+    history, names = trainer.state.log_history, ("step", "text", "decision", "pairs")
     return {"steps": steps, "trained_on": len(examples), "tokens": trainer.state.num_input_tokens_seen,
             "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-            "curve": [{name: row[name] for name in names if name in row} for row in history if "loss" in row],
-            "seconds": sum(row.get("train_runtime", 0.0) for row in history), "resumed_at": last[0] if last else 0,
+            "curve": [{name: entry[name] for name in names if name in entry} for entry in history if "loss" in entry],
+            "seconds": sum(entry.get("train_runtime", 0.0) for entry in history), "resumed_at": last[0] if last else 0,
             "peak_memory": peak_memory()}
 
 
@@ -1623,44 +1572,41 @@ def peak_memory():
 
 def code_hash(function):
     """A hash of a function's syntax tree: comments, docstrings and spacing do not count."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    tree = ast.parse(inspect.getsource(function))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return short_hash(ast.dump(tree))
 
 
-def claim_adapter(folder, made_by, records, overwrite, followers=()):
-    """args.json of a finished adapter, or None if it is to be trained; refused if something else was trained there.
+def train_adapter(run, name, base, records, examples, functions, fine_tune, followers=(), **about):
+    """Let `fine_tune(folder)` train an adapter unless it is finished; refused if something else was trained there.
 
-    `made_by` is what an adapter follows from; questions.txt keeps which `records` it saw. `followers` are adapters that
-    start from this one: `overwrite` deletes them, too.
+    args.json holds what it follows from: `about`, examples, settings, weights, the code of `functions`; and what
+    fine_tune returns. questions.txt keeps which `records` it saw. `followers` start from it: --overwrite deletes them,
+    too.
     """
-    path = folder / "args.json"
-    if overwrite:
-        for old in (folder, *followers):
-            shutil.rmtree(old, ignore_errors=True)
-    about = json.loads(path.read_text("utf-8")) if path.is_file() else made_by
-    now = json.loads(json.dumps(made_by))
-    differ = [name for name in now if name != "code" and about.get(name) != now[name]]
-    differ += [f"the code of {name}" for name in now["code"] if about.get("code", {}).get(name) != now["code"][name]]
-    if differ:
-        detail = ", ".join(f"{name} ({about.get(name)} then, {now[name]} now)" if name in now else name
-                           for name in differ)
-        raise UserError(f"{folder} was trained otherwise: {detail}. Give --run NEW to train beside it, or --overwrite")
-    if "steps" not in about:
+    args, folder = run.args, run.folder / name
+    path, keys = folder / "args.json", ("seed", "lr", "rank", "batch_size", "accumulate", "max_length")
+    now = {**about, **{key: getattr(args, key) for key in keys}, "bits": args.adapter_bits,
+           "weights": weights_id(base, run.task), "examples": short_hash(examples),
+           "code": {f.__name__: code_hash(f) for f in functions}}
+    with locked(folder):
+        if args.overwrite:
+            for old in (folder, *(run.folder / follower for follower in followers)):
+                shutil.rmtree(old, ignore_errors=True)
+        then = json.loads(path.read_text("utf-8")) if path.is_file() else now
+        differ = [f"{key} ({then.get(key)} then, {value} now)" for key, value in now.items()
+                  if key != "code" and then.get(key) != value]
+        differ += [f"the code of {key}" for key, value in now["code"].items() if then.get("code", {}).get(key) != value]
+        if differ:
+            raise UserError(f"{folder} was trained otherwise: {', '.join(differ)}. Give --run NEW to train beside it, "
+                            "or --overwrite")
+        if "steps" in then:
+            return print(f"{folder} is trained already: nothing to do")
         write(folder / "questions.txt", "".join(question_hash(record) + "\n" for record in records))
         write(path, now)
-        return None
-    print(f"{folder} is trained already: nothing to do")
-    return about
-
-
-def settings_of(args, model, folder):
-    """What an adapter follows from, apart from its examples."""
-    keys = ("seed", "lr", "rank", "batch_size", "accumulate", "max_length")
-    settings = {key: getattr(args, key) for key in keys}
-    return {"weights": weights_id(model, folder), "bits": args.adapter_bits, **settings}
+        write(path, {**now, "model": base, **fine_tune(folder)})
 
 
 def drop_long(examples, max_length):

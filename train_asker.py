@@ -84,9 +84,9 @@ def load_subquestions(args, records):
     """{id: sub-questions} to learn from: gold, written by the LLM, or none (ablation)."""
     if args.subquestions == "generated":
         mend = f"make it with: python art.py subquestions --task {args.task}"
-        rows = {row["id"]: row["subquestions"]
-                for row in art.read_jsonl(args.runs / args.task / "subquestions.jsonl", mend)}
-        return {record["id"]: rows.get(record["id"], []) for record in records}
+        lines = art.read_jsonl(args.runs / args.task / "subquestions.jsonl", mend)
+        generated = {line["id"]: line["subquestions"] for line in lines}
+        return {record["id"]: generated.get(record["id"], []) for record in records}
     gold = {record["id"]: art.subquestions_of(record) if args.subquestions == "gold" else [] for record in records}
     if args.subquestions == "gold" and not any(gold.values()):
         raise art.UserError(f"{args.task} has no sub-questions: let the LLM write them with python art.py subquestions "
@@ -96,27 +96,19 @@ def load_subquestions(args, records):
 
 def train(run, name, records, examples, epochs, start=None, followers=(), **about):
     """Train one adapter, from the adapter `start` if given, unless it is trained already."""
-    args, folder = run.args, run.folder / name
-    made_by = {**art.settings_of(args, args.asker_model, run.task), "epochs": epochs, **about,
-               "start": art.weights_id(run.folder / start, run.task) if start else None,
-               "examples": art.short_hash(examples),
-               "code": {f.__name__: art.code_hash(f) for f in (loss, make_collate)}}
-    followers = [run.folder / follower for follower in followers]
-    with art.locked(folder):
-        if not art.claim_adapter(folder, made_by, records, args.overwrite, followers):
-            fine_tune(run, folder, made_by, examples, epochs, start)
-
-
-def fine_tune(run, folder, made_by, examples, epochs, start):
-    """Train one adapter, from its last checkpoint on, and write it with its args.json."""
     args, tokenizer = run.args, art.load_tokenizer(run.args.asker_model)
-    examples = art.drop_long(examples, args.max_length)
-    ids, target = examples[0]["input_ids"], examples[0]["target"]
-    art.show_record({"prompt": tokenizer.decode(ids[:-target]), "target": tokenizer.decode(ids[-target:])})
-    model = art.add_lora(art.load_base(args.asker_model, args.adapter_bits), "CAUSAL_LM", args.rank,
-                         start and run.folder / start, args.seed)
-    figures = art.fine_tune(model, examples, make_collate(tokenizer.pad_token_id), loss, args, folder, epochs)
-    art.write(folder / "args.json", {**made_by, "model": args.asker_model, **figures})
+
+    def fine_tune(folder):
+        kept = art.drop_long(examples, args.max_length)
+        ids, target = kept[0]["input_ids"], kept[0]["target"]
+        art.show_record({"prompt": tokenizer.decode(ids[:-target]), "target": tokenizer.decode(ids[-target:])})
+        model = art.add_lora(art.load_base(args.asker_model, args.adapter_bits), "CAUSAL_LM", args.rank,
+                             start and run.folder / start, args.seed)
+        return art.fine_tune(model, kept, make_collate(tokenizer.pad_token_id), loss, args, folder, epochs)
+
+    begun = art.weights_id(run.folder / start, run.task) if start else None
+    art.train_adapter(run, name, args.asker_model, records, examples, (loss, make_collate), fine_tune, followers,
+                      epochs=epochs, start=begun, **about)
 
 
 def dev_figures(run, dev, samples):
@@ -127,11 +119,10 @@ def dev_figures(run, dev, samples):
         print(f"warning: dev has {wrong.sum()} wrong and {(~wrong).sum()} right drafts; under 50 of a kind its figures "
               "and thresholds are rough")
     asked = art.ask(run.model("asker", "dev"), run.args, dev, drafts)
-    p = np.array([row["p_refine"] for row in asked])
-    gold = [art.subquestions_of(record) for record in dev]
+    p = np.array([output["p_refine"] for output in asked])
+    gold = [art.subquestions_of(record) == output["subquestions"] for record, output in zip(dev, asked)]
     return {"n": len(dev), "wrong_drafts": float(wrong.mean()), "auc": art.auc(p, wrong),
-            "right_decisions": float(np.mean((p >= 0.5) == wrong)),
-            "gold_subquestions": float(np.mean([row["subquestions"] == lines for row, lines in zip(asked, gold)]))}
+            "right_decisions": float(np.mean((p >= 0.5) == wrong)), "gold_subquestions": float(np.mean(gold))}
 
 
 def main():
@@ -146,7 +137,7 @@ def main():
     train_set, dev = art.load_split(args, "train"), art.load_split(args, "dev")
     samples = art.load_samples(args, train_set + dev)
     train_set = [record for record in train_set if record.get("solution")]
-    art.banner(2, 5, f"the Asker learns from the samples of {len(train_set):,} questions")
+    print(f"[2/5] the Asker learns from the samples of {len(train_set):,} questions")
     asked, drafts = load_subquestions(args, train_set), drafts_of(train_set, samples)
     # generated sub-questions do not go with the steps of a solution one by one
     strategy = "cot" if args.subquestions == "generated" else "decomp"
@@ -163,7 +154,7 @@ def main():
         print(f"{run.folder / 'asker'}: on {figures['n']:,} drafts of dev, {figures['wrong_drafts']:.1%} wrong, AUC "
               f"{art.show(figures['auc'], '.3f')}; {figures['right_decisions']:.1%} of the decisions at 0.5 right; "
               f"gold sub-questions word for word {figures['gold_subquestions']:.1%}")
-    art.log_start(args, run)
+    art.log_start(run)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def dev_figures(run, dev, samples):
     """Share of right/wrong pairs of dev that the Truster orders right."""
     texts = {(record["id"], text): art.trust_prompt(record, text)
              for record in dev for text in art.labels_of(samples[record["id"]])}
-    rows = run.model("truster", "dev").score(list(texts.values()))
-    scores = {key: row["score"] for key, row in zip(texts, rows)}
+    outputs = run.model("truster", "dev").score(list(texts.values()))
+    scores = {key: output["score"] for key, output in zip(texts, outputs)}
     hits = []
     for record in dev:
         labels = art.labels_of(samples[record["id"]])
@@ -70,34 +70,29 @@ def dev_figures(run, dev, samples):
     return {"pairs": len(hits), "right_pairs": float(np.mean(hits)) if hits else None}
 
 
-def fine_tune(args, folder, made_by, groups, tokenizer):
-    """Train the adapter, from its last checkpoint on, and write it with its args.json."""
-    groups = art.drop_long(groups, args.max_length)
-    art.show_record({"a right answer" if correct else "a wrong answer": tokenizer.decode(row)
-                     for row, correct in zip(groups[0]["rows"], groups[0]["correct"])})
-    model = art.load_scorer(args.truster_model, args.adapter_bits, args.seed)
-    model = art.add_lora(model, "SEQ_CLS", args.rank, seed=args.seed)
-    figures = art.fine_tune(model, groups, make_collate(tokenizer.pad_token_id), loss, args, folder, args.epochs)
-    art.write(folder / "args.json", {**made_by, "model": args.truster_model, **figures})
-
-
 def main():
     args = art.parse(art.make_parser(__doc__, "truster"), training="truster")
     run, tokenizer = art.Run(args), art.load_tokenizer(args.truster_model)
-    train_set, dev, folder = art.load_split(args, "train"), art.load_split(args, "dev"), run.folder / "truster"
+    train_set, dev = art.load_split(args, "train"), art.load_split(args, "dev")
     samples = art.load_samples(args, train_set + dev)
-    art.banner(3, 5, f"the Truster learns from the samples of {len(train_set):,} questions")
+    print(f"[3/5] the Truster learns from the samples of {len(train_set):,} questions")
     groups = contrast(train_set, samples, tokenizer)
-    made_by = {**art.settings_of(args, args.truster_model, run.task), "epochs": args.epochs,
-               "examples": art.short_hash(groups),
-               "code": {f.__name__: art.code_hash(f) for f in (loss, pair_losses, make_collate, art.score_batch)}}
-    with art.locked(folder):
-        if not art.claim_adapter(folder, made_by, train_set, args.overwrite):
-            fine_tune(args, folder, made_by, groups, tokenizer)
+
+    def fine_tune(folder):
+        kept = art.drop_long(groups, args.max_length)
+        art.show_record({"a right answer" if correct else "a wrong answer": tokenizer.decode(ids)
+                         for ids, correct in zip(kept[0]["rows"], kept[0]["correct"])})
+        model = art.load_scorer(args.truster_model, args.adapter_bits, args.seed)
+        model = art.add_lora(model, "SEQ_CLS", args.rank, seed=args.seed)
+        return art.fine_tune(model, kept, make_collate(tokenizer.pad_token_id), loss, args, folder, args.epochs)
+
+    art.train_adapter(run, "truster", args.truster_model, train_set, groups,
+                      (loss, pair_losses, make_collate, art.score_batch), fine_tune, epochs=args.epochs)
     figures = dev_figures(run, dev, samples)  # the adapter is loaded from disk, as evaluate.py will
+    folder = run.folder / "truster"
     art.write(folder / "args.json", {**run.about("truster"), "dev": figures})
     print(f"{folder}: {art.show(figures['right_pairs'])} of {figures['pairs']:,} right/wrong pairs of dev in order")
-    art.log_start(args, run)
+    art.log_start(run)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def generate_turn(args, name, folder):
     lm = run.model("llm")
     if name != "kit":
         art.Local.generate, art.Local.read_prefix = plain_generate, lambda self, rows: None
-    run.load(lm)
+    lm.backend = lm.load()
     began = clock()
     made = art.sample_answers(lm, own, records, args.k, 0.7 if args.k > 1 else 0.0)
     seconds, tokens = clock() - began, sum(one["tokens"] for several in made for one in several)

@@ -98,7 +98,8 @@ def figures_of_second(results):
     """The same of this edition's."""
     return {row["row"]: {
         "accuracy": row["accuracy"], "mended": row.get("mended"), "broken": row.get("broken"),
-        "refined": row["refined"], "same answer": row.get("same_answer"), "unparsed": row.get("unparsed"),
+        "refined": row["refined"] if row["row"] != "finetuned" else None, "unparsed": row.get("unparsed"),
+        "same answer": row.get("same_answer") if row["row"] != "finetuned" else None,
         "cut off": row.get("cut_off"), "threshold": row["threshold"], "ci95": row["ci95"],
         "vs_initial": row.get("vs_initial"), "vs_self_refine": row.get("vs_self_refine")} for row in results["rows"]}
 

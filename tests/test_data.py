@@ -17,7 +17,8 @@ REAL = ROOT.parent / "shared/data"
 def prepare(tmp_path, monkeypatch):
     """A function that runs data/prepare.py on raw files, {name: content}, whose checksums it takes for right ones."""
     script = load("data/prepare.py")
-    monkeypatch.setattr(script, "DEV", {"gsm8k": 2, "strategyqa": 2})
+    monkeypatch.setattr(script, "DEV", {"gsm8k": 2, "gsm8k-offline": 2, "strategyqa": 2})
+    monkeypatch.setattr(script, "OFFLINE", 10)
 
     def make(task, files, *flags, sums=True):
         for name, content in files.items():
@@ -51,7 +52,7 @@ def test_gsm8k(prepare):
                        "solution": [["How many?", "1 + 1 = 2 pens"]]}
     # a task out of the test questions alone: the first N to learn from
     files = {"test_socratic.jsonl": socratic(*(f"Question {i}?" for i in range(14)))}
-    splits = prepare("gsm8k-offline", files, "--files", prepare.files, "--offline-split", "10")
+    splits = prepare("gsm8k-offline", files, "--files", prepare.files)
     assert [len(records) for records in splits] == [8, 2, 4] and splits[2][0]["question"] == "Question 10?"
 
 
@@ -99,8 +100,6 @@ def test_raw_files_that_are_not_the_right_ones(prepare, capsys, tmp_path):
     assert "nowhere.json" in refusal(capsys, prepare, "strategyqa", {}, "--official", tmp_path / "nowhere.json")
     hidden = {"hidden.json": '[{"qid": "1", "question": "Is it?"}]'}  # as in the official test file
     assert "hidden.json" in refusal(capsys, prepare, "strategyqa", hidden, "--official", prepare.files / "hidden.json")
-    files = {"test_socratic.jsonl": socratic("A?", "B?")}
-    assert "--offline-split" in refusal(capsys, prepare, "gsm8k-offline", files, "--files", prepare.files)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the raw files are not here")

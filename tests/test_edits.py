@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT, asked_of, edit
 
 import art
+import evaluate
 
 EMPTIED = '''
 _as_it_was = refine_prompt
@@ -51,28 +52,21 @@ def test_a_comment_changes_nothing(own):
 
 
 def test_an_emptied_prompt_changes_the_table(own):
-    """Sub-questions left out of the refinement: drafts and asks are known, what follows from them is asked anew."""
+    """Sub-questions left out of the refinement: no old row stays beside a new one; drafts and asks are known."""
     old = records(own)
-    edit(own.root / "art.py", "\ndef main():", EMPTIED)
-    asked = asked_of(own("evaluate")[0])
-    assert asked["refined_self"] == 24 and not asked.keys() - {"refined_self", "refined", "trust"}
-    new = records(own)
-    for stage, same in (("draft", True), ("refined", False)):
-        assert ([row["candidates"][stage] for row in old] == [row["candidates"][stage] for row in new]) == same
-    assert own.results()["refine_always"]["accuracy"] == sum(row["right"]["refine_always"] for row in new) / 12
-
-
-def test_no_stale_row_stands_beside_a_new_one(own):
-    """After the same edit a row is made anew from what is asked now, or dropped with a line."""
     edit(own.root / "art.py", "\ndef main():", EMPTIED)
     out, _ = own("evaluate", "--rows", "initial")
     assert own.results().keys() == {"initial"} and not asked_of(out)
     assert "Left out: art;" in out and "--rows art" in out
-    assert "refined" in asked_of(own("evaluate", "--rows", "art")[0])
-    some = own.results()
-    own("evaluate")
-    fresh, keys = own.results(), ("accuracy", "mended", "broken", "tokens", "threshold")
+    asked = asked_of(own("evaluate", "--rows", "art")[0])
+    assert asked["refined"] == 24 and not asked.keys() - {"refined", "trust"}
+    some, asked = own.results(), asked_of(own("evaluate")[0])  # self-refinement has the same prompts now
+    new, fresh, keys = records(own), own.results(), ("accuracy", "mended", "broken", "tokens", "threshold")
+    assert not asked and fresh.keys() == set(evaluate.DEFAULT_ROWS)
     assert "art" in some and all(row.get(key) == fresh[name].get(key) for name, row in some.items() for key in keys)
+    for stage, same in (("draft", True), ("refined", False)):
+        assert ([row["candidates"][stage] for row in old] == [row["candidates"][stage] for row in new]) == same
+    assert fresh["refine_always"]["accuracy"] == sum(row["right"]["refine_always"] for row in new) / 12
 
 
 @pytest.mark.parametrize(("script", "adapter", "old", "new", "named"), [

@@ -37,12 +37,12 @@ MEANING = {
 }
 
 
-def make_said(seed, n_dev=20, n_test=8):
-    """An Evaluation whose models said random things: right, wrong, unreadable and cut-off answers."""
+def make_outputs(seed, n_dev=20, n_test=8):
+    """Outputs whose models said random things: right, wrong, unreadable and cut-off answers."""
     rng, n = random.Random(seed), n_dev + n_test
-    args = SimpleNamespace(task="toy", strategy="cot", threshold=None, seed=0, vote_limit=None, vote_k=None)
+    args = SimpleNamespace(task="toy", strategy="cot", threshold=None, seed=0)
     records = [{"id": str(i), "question": f"Which, {i}?", "answer": "1"} for i in range(n)]
-    said = evaluate.Evaluation(SimpleNamespace(args=args), records[:n_dev], records[n_dev:])
+    outputs = evaluate.Outputs(SimpleNamespace(args=args), records[:n_dev], records[n_dev:])
     for name, (_, _, _, (part, _)) in evaluate.STAGES.items():
         for _ in range(n):
             row = {"prompt_tokens": rng.randint(10, 20), "tokens": rng.randint(1, 9)}
@@ -54,19 +54,19 @@ def make_said(seed, n_dev=20, n_test=8):
                 row |= {"subquestions": ["Which?"], "p_refine": round(rng.random(), 1)}
             else:
                 row = {"prompt_tokens": 30, "draft": rng.random(), "refined": rng.random()}
-            said.outputs.setdefault(name, []).append(row)
-    vars(said)["cheap"] = np.array([rng.random() for _ in records])
-    return said
+            outputs.known.setdefault(name, []).append({**row, "prompt_tokens": 0} if name == "cheap" else row)
+            outputs.known[name][-1].pop("tokens", None) if name == "cheap" else None
+    return outputs
 
 
-def slow(said, row, threshold, part):
+def slow(outputs, row, threshold, part):
     """(right, tokens, refined, draft was right) of each question of a part."""
     decides, stage, chooses, always, then = MEANING[row]
     made = []
-    for i in range(len(said.records))[part]:
-        at = {name: rows[i] for name, rows in said.outputs.items()}
+    for i in range(len(outputs.records))[part]:
+        at = {name: rows[i] for name, rows in outputs.known.items()}
         right = {name: at[name]["stopped"] and at[name]["answer"] == "1" for name in ("draft", stage)}
-        p = said.cheap[i] if decides == "cheap" else at[decides]["p_refine"] if decides in at else None
+        p = at[decides]["p_refine"] if decides in at else None
         refine = {"never": False, "always": True, "oracle": not right["draft"]}.get(decides, p is not None and
                                                                                     p >= (threshold or 0))
         better = {"newest": True, "oracle": right[stage] > right["draft"],
@@ -82,38 +82,37 @@ def slow(said, row, threshold, part):
 @pytest.mark.parametrize("row", MEANING)
 def test_row_counted_again(row):
     for seed in range(5):
-        said = make_said(seed)
-        about, right = evaluate.make_row(said, row)
-        expected, tokens, refined, drafts = slow(said, row, about["threshold"], said.test)
+        outputs = make_outputs(seed)
+        about, right = evaluate.make_row(outputs, row)
+        expected, tokens, refined, drafts = slow(outputs, row, about["threshold"], outputs.test)
         assert tuple(right) == expected and about["accuracy"] == np.mean(expected) and about["n"] == 8
         assert about["mended"] == sum(a > b for a, b in zip(expected, drafts))
         assert about["broken"] == sum(a < b for a, b in zip(expected, drafts))
         assert about["tokens"] == pytest.approx(np.mean(tokens))
-        if row not in evaluate.TEST_ALONE:
-            assert about["refined"] == np.mean(refined)
+        assert about["refined"] == np.mean(refined)
         if row == "art_untuned":
             assert about["threshold"] == 0.5
         elif row == "asker_oracle":  # row art with a perfect Truster
-            assert about["threshold"] == evaluate.make_row(said, "art")[0]["threshold"]
+            assert about["threshold"] == evaluate.make_row(outputs, "art")[0]["threshold"]
         elif about["threshold"] is not None:  # no other one is better on dev
-            score = {cut: sum(next(slow(said, row, cut, said.dev))) for cut in (*np.arange(0, 1.1, 0.05), 2)}
-            assert sum(next(slow(said, row, about["threshold"], said.dev))) == max(score.values())
+            score = {cut: sum(next(slow(outputs, row, cut, outputs.dev))) for cut in (*np.arange(0, 1.1, 0.05), 2)}
+            assert sum(next(slow(outputs, row, about["threshold"], outputs.dev))) == max(score.values())
 
 
 def test_random_gate_is_the_mean_over_all_choices():
     """Of as many questions as row asker refines: each subset of that size, counted."""
-    said = make_said(3)
-    m = round(evaluate.make_row(said, "asker")[0]["refined"] * 8)
-    draft, refined = said.right("draft")[said.test], said.right("refined")[said.test]
+    outputs = make_outputs(3)
+    m = round(evaluate.make_row(outputs, "asker")[0]["refined"] * 8)
+    draft, refined = outputs.right("draft")[outputs.test], outputs.right("refined")[outputs.test]
     subsets = [np.isin(range(8), chosen) for chosen in itertools.combinations(range(8), m)]
     mean = np.mean([np.where(chosen, refined, draft).mean() for chosen in subsets])
-    assert 0 < m < 8 and evaluate.make_row(said, "random_gate")[0]["accuracy"] == pytest.approx(mean)
+    assert 0 < m < 8 and evaluate.make_row(outputs, "random_gate")[0]["accuracy"] == pytest.approx(mean)
 
 
 def test_upper_bounds():
     for seed in range(20):
-        said = make_said(seed)
-        at = {row: evaluate.make_row(said, row)[0]["accuracy"] for row in MEANING}
+        outputs = make_outputs(seed)
+        at = {row: evaluate.make_row(outputs, row)[0]["accuracy"] for row in MEANING}
         assert at["oracle_choice"] >= max(at["initial"], at["refine_always"], at["art"], at["always_truster"])
         assert at["oracle_gate"] >= max(at["asker"], at["cheap_gate"], at["initial"], at["refine_always"])
         assert at["asker_oracle"] >= max(at["art"], at["initial"])
@@ -122,22 +121,22 @@ def test_upper_bounds():
 def test_thresholds_come_from_dev_alone():
     """Other gold answers of test change every verdict there and no threshold; other ones of dev do."""
     def thresholds(part, gold):
-        said = make_said(1)
-        for record in said.records[getattr(said, part)]:
+        outputs = make_outputs(1)
+        for record in outputs.records[getattr(outputs, part)]:
             record["answer"] = gold
-        return [evaluate.make_row(said, row)[0]["threshold"] for row in MEANING]
+        return [evaluate.make_row(outputs, row)[0]["threshold"] for row in MEANING]
 
     assert thresholds("test", "1") == thresholds("test", "2") != thresholds("dev", "2")
     assert sum(value is not None for value in thresholds("test", "1")) == 10
 
 
 def test_unreadable_and_cut_off_answers_are_counted():
-    said = make_said(0)
-    rows = said.outputs["draft"][said.test] = [
+    outputs = make_outputs(0)
+    rows = outputs.known["draft"][outputs.test] = [
         {**row, "text": text, "answer": None if text == "?" else "2", "stopped": stopped, **more}
-        for row, (text, stopped, more) in zip(said.outputs["draft"][said.test], [
+        for row, (text, stopped, more) in zip(outputs.known["draft"][outputs.test], [
             ("?", True, {}), ("?", True, {}), ("2", False, {}), ("2", True, {}), ("", False, {"failed": True})] * 2)]
-    about, _ = evaluate.make_row(said, "initial")
+    about, _ = evaluate.make_row(outputs, "initial")
     assert len(rows) == 8 and (about["unparsed"], about["cut_off"], about["failed"]) == (4, 2, 1)
 
 
@@ -184,19 +183,15 @@ def test_votes_by_hand():
 def test_vote_stops_at_the_cost_of_art(monkeypatch):
     """The first k whose tokens are not below the budget: the prompt once, each sample, and what the Truster reads."""
     samples = [{"text": f"#### {n}", "answer": n, "stopped": True, "tokens": 10, "prompt_tokens": 50} for n in "31112"]
-    said = make_said(0)
-    said.args.temperature = 1.0
+    outputs = make_outputs(0)
+    outputs.args.temperature = 1.0
     monkeypatch.setattr(art, "sample_answers", lambda lm, args, records, k, t: [(samples * 3)[:k] for _ in records])
-    said.run.model = lambda name, label: SimpleNamespace(
+    outputs.run.model = lambda name, label: SimpleNamespace(
         score=lambda texts: [{"score": float(text.endswith("1")), "prompt_tokens": 7} for text in texts])
-    about, right = evaluate.vote_row(said, "majority", 85)
-    assert [(p["k"], p["tokens"], p["accuracy"]) for p in about["curve"]] == [
-        (1, 60, 0), (2, 70, 0), (3, 80, 1), (4, 90, 1)] and right.all()
-    about, _ = evaluate.vote_row(said, "best_of_k", 85)
-    assert [(p["k"], p["tokens"], p["accuracy"]) for p in about["curve"]] == [(1, 67, 0), (2, 84, 1), (3, 101, 1)]
-    said.args.vote_k, said.args.vote_limit = 2, 5
-    about, right = evaluate.vote_row(said, "majority", math.inf)
-    assert about["k"] == 2 and about["n"] == len(right) == 5
+    for row, budget, expected in (("majority", 85, (4, 90, 1)), ("best_of_k", 85, (3, 101, 1)),
+                                  ("majority", 60, (1, 60, 0)), ("majority", math.inf, (12, 170, 1))):
+        about, right = evaluate.vote_row(outputs, row, budget)
+        assert (about["k"], about["tokens"], about["accuracy"]) == expected and len(right) == 8
 
 
 # --- The script

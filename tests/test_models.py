@@ -37,7 +37,7 @@ def flat(made):
 def test_greedy_is_what_generate_writes(lm, prefix):
     """Text for text: neither the shared prefix nor padding nor rows that leave the batch change anything."""
     made = [one for (one,) in lm.generate(prompts_of(prefix=prefix), 60)]
-    local = lm.loaded
+    local = lm.backend
     assert (len(local.shared) >= 32) == bool(prefix) and (len({one["tokens"] for one in made}) > 1)
     for one, prompt in zip(made, prompts_of(prefix=prefix)):
         ids = torch.tensor([local.tokens(prompt)])
@@ -50,7 +50,7 @@ def test_greedy_is_what_generate_writes(lm, prefix):
 def test_logprob_is_that_of_the_text(lm):
     prompt = prompts_of(1)[0]
     ((made,),) = lm.generate([prompt], 96)
-    local, ids = lm.loaded, lm.loaded.tokens(prompt)
+    local, ids = lm.backend, lm.backend.tokens(prompt)
     new = local.tokens(made["text"]) + [local.tokenizer.eos_token_id]
     with torch.inference_mode():
         logits = local.model(input_ids=torch.tensor([ids + new])).logits[0, len(ids) - 1: -1]
@@ -60,24 +60,17 @@ def test_logprob_is_that_of_the_text(lm):
 
 def test_samples_do_not_depend_on_the_batch(make_run, tmp_path):
     """One batch, one question at a time in another order, other neighbours: the same samples, and they differ."""
+    def draw(folder, prompts, k=3, **changes):
+        lm = make_run(tmp_path / folder, **changes).model("llm")
+        return lm.generate(prompts, 40, k=k, temperature=1.0), lm.asked
+
     prompts = prompts_of()
-    together = make_run(tmp_path / "a").model("llm").generate(prompts, 40, k=3, temperature=1.0)
-    alone = make_run(tmp_path / "b", kv_gib=1e-6).model("llm").generate(prompts[::-1], 40, k=3, temperature=1.0)
-    some = make_run(tmp_path / "c").model("llm").generate(prompts[1:3], 40, k=3, temperature=1.0)
-    assert flat(together) == flat(alone[::-1]) and flat(together[1:3]) == flat(some)
-    assert len(set(flat(together))) > len(prompts)
-    other = make_run(tmp_path / "d", sample_seed=1).model("llm").generate(prompts, 40, k=3, temperature=1.0)
-    assert flat(other) != flat(together)
-
-
-def test_four_samples_made_eight(make_run, tmp_path):
-    """The first four stay as they are, and the eight are those that would have been drawn at once."""
-    prompts, lm = prompts_of(3), make_run().model("llm")
-    four = lm.generate(prompts, 40, k=4, temperature=1.0)
-    eight = lm.generate(prompts, 40, k=8, temperature=1.0)
-    assert [several[:4] for several in eight] == four and lm.asked == 3 * 8
-    at_once = make_run(tmp_path / "other").model("llm").generate(prompts, 40, k=8, temperature=1.0)
-    assert flat(eight) == flat(at_once)
+    together, alone = draw("a", prompts)[0], draw("b", prompts[::-1], kv_gib=1e-6)[0]
+    assert flat(together) == flat(alone[::-1]) and flat(together[1:3]) == flat(draw("c", prompts[1:3])[0])
+    assert len(set(flat(together))) > len(prompts) and flat(together) != flat(draw("d", prompts, sample_seed=1)[0])
+    more, asked = draw("a", prompts, k=5)  # the first three stay, and all five are those that are drawn at once
+    assert [several[:3] for several in more] == together and asked == 2 * len(prompts)
+    assert flat(more) == flat(draw("e", prompts, k=5)[0])
 
 
 def test_a_sample_is_drawn_by_inverse_cdf():
@@ -104,7 +97,7 @@ def test_choose_is_a_plain_forward_pass(lm, prefix):
     """Yes against No at the token behind "Refine:", with prompts and answers of different lengths."""
     prompts, begun = prompts_of(4, prefix), ["Who?\nRefine:", "Refine:", "How many has Ann?\nBen?\nRefine:", "Refine:"]
     made = lm.choose(prompts, "Refine:", (" Yes", " No"), begun)
-    local = lm.loaded
+    local = lm.backend
     yes, no = (local.tokenizer(f"Refine:{word}", add_special_tokens=False)["input_ids"][-1] for word in (" Yes", " No"))
     for one, prompt, text in zip(made, prompts, begun):
         ids = local.tokens(prompt) + local.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -131,7 +124,7 @@ def save_scorer(folder, seed=3):
 
 def score(local, texts):
     """Scores of a backend in one batch."""
-    (rows,) = local.answers({text: (text, [0]) for text in texts}, {"kind": "score"}, lambda *place: True)
+    (rows,) = local.answers({text: (text, [0]) for text in texts}, {"kind": "score"}, {(text, 0) for text in texts})
     return [rows[text, 0]["score"] for text in texts]
 
 
@@ -162,7 +155,7 @@ def test_a_prompt_that_is_too_long_has_failed(lm, capsys):
     (bad,), (good,) = lm.generate([long, short], 20)
     assert bad["failed"] and not bad["stopped"] and good["tokens"] == 20 and "1 prompts are too long" in \
         capsys.readouterr().err
-    assert len(lm.said.rows) == 1 and len(art.Said(lm.said.path).rows) == 1
+    assert len(lm.cache.outputs) == 1 and len(art.Cache(lm.cache.path).outputs) == 1
     lm.generate([long, short], 20)
     assert (lm.asked, lm.known) == (3, 1)
 
@@ -177,8 +170,8 @@ def test_numbers_that_are_not_finite_make_no_answer(make_run, tmp_path, capsys):
     rows = [one for (one,) in lm.generate(prompts_of(2), 5)] + lm.choose(prompts_of(2), "Refine:", (" Yes", " No"))
     save_scorer(tmp_path / "adapter")
     scorer = art.Local(str(tmp_path / "base"), 32, 0.25, tmp_path / "adapter", scorer=True)
-    (scored,) = scorer.answers({"x": ("Text", [0])}, {"kind": "score"}, lambda *place: True)
-    assert all(row["failed"] for row in [*rows, *scored.values()]) and not lm.said.rows
+    (scored,) = scorer.answers({"x": ("Text", [0])}, {"kind": "score"}, {("x", 0)})
+    assert all(row["failed"] for row in [*rows, *scored.values()]) and not lm.cache.outputs
     assert "not finite" in capsys.readouterr().err
 
 

@@ -60,7 +60,7 @@ def test_any_file_can_be_read(path, rows, place, junk, cut):
     """Any objects, any bytes anywhere, cut anywhere: what a model said is read without an error, and read again."""
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes((content[:place] + junk + content[place + len(junk):])[:cut])
-    assert art.Said(path).rows == art.Said(path).rows
+    assert art.Cache(path).outputs == art.Cache(path).outputs
     try:
         assert all(isinstance(record, dict) for record in art.read_jsonl(path, ""))
     except art.UserError as error:

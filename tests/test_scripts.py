@@ -158,8 +158,8 @@ def test_solve(copy, monkeypatch, capsys):
 def test_all_rows_and_generated_subquestions(copy, monkeypatch, capsys):
     """The rival that does everything in one text, every row, and an Asker that learns from the LLM's own questions."""
     copy.here(monkeypatch, "train_asker", "--end-to-end")
-    copy.here(monkeypatch, "evaluate", "--rows", "all", "--vote-limit", "6")
-    assert set(copy.results()) == set(evaluate.ROWS) and copy.results()["majority"]["n"] == 6
+    copy.here(monkeypatch, "evaluate", "--rows", "all")
+    assert set(copy.results()) == set(evaluate.ROWS)
     records = art.read_jsonl(copy.runs / "toy/default/records.jsonl", "")
     assert records[0]["candidates"].keys() == {"draft", "refined", "refined_self", "refined_plain", "refined_gold",
                                                "finetuned", "end_to_end"}

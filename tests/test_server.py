@@ -135,6 +135,7 @@ def test_requests(llm_at, chat):
 @pytest.mark.parametrize(("others", "p"), [
     ({" Yes": math.log(0.6), " No": math.log(0.2), "Yes": -9.0}, 0.75),
     ({" Yes": -0.1, " Maybe": -5.1}, 1 / (1 + math.exp(-5))),  # not listed: at most as likely as the last listed
+    ({" Yes": -9999.0, " No": 0.0}, 0.0),
     ({}, 1.0),  # a server that lists none: the word stands
 ])
 def test_decision_from_log_probabilities(llm_at, chat, others, p):

@@ -69,12 +69,12 @@ def ask_all_stages(record, **changes):
     """The prompts of everything that evaluate.py and solve ask about a record."""
     lm = FakeLM(exemplars=art.load_exemplars("gsm8k", changes.pop("shots", 0)))
     run = run_of(lm, **changes)
-    said = evaluate.Evaluation(run, [], [record])
-    for stage in evaluate.STAGES.keys() - {"refined_gold"}:
-        said[stage]
+    outputs = evaluate.Outputs(run, [], [record])
+    for stage in evaluate.STAGES.keys() - {"refined_gold", "cheap"}:
+        outputs[stage]
     art.ask_refine_trust(run, [record], 0.5)
     seen, lm.seen = sorted(lm.seen), []
-    evaluate.refine_gold(lm, run.args, [RECORD], said["draft"])  # an upper bound: gold sub-questions, and no more
+    evaluate.refine_gold(lm, run.args, [RECORD], outputs["draft"])  # an upper bound: gold sub-questions, and no more
     assert "GOLD-QUESTION" in lm.seen[0] and not re.search("GOLD-STEP|GOLD-FACT|98765", lm.seen[0])
     return seen
 
@@ -134,7 +134,7 @@ def test_both_orders_of_a_choice_weigh_the_same():
 
 def test_scores_that_failed_can_be_written():
     """JSON knows no infinity, though Python writes one; and the draft stands."""
-    lm = FakeLM(score=lambda texts: [art.failed_row() for _ in texts])
+    lm = FakeLM(score=lambda texts: [art.failed_output() for _ in texts])
     (score,) = art.trust(lm, args_of(), [RECORD], [{"text": "#### 16"}], [{"text": "#### 12"}])
     assert json.dumps(score, allow_nan=False) and not score["refined"] > score["draft"]
 
@@ -153,7 +153,7 @@ def chat(make_run, monkeypatch):
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     tokenizer.chat_template = ("{{ date_string }} {{ strftime_now('%d %b %Y') }}\n{% for m in messages %}"
                                "[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] ")
-    monkeypatch.setitem(art.TOKENIZERS, BASE, tokenizer)
+    monkeypatch.setattr(art, "load_tokenizer", lambda name: tokenizer)
     return make_run(shots=None).model("llm")
 
 

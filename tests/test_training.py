@@ -5,8 +5,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from argparse import Namespace
 
@@ -14,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import BASE, ROOT, refused
+from conftest import BASE, refused
 from safetensors.torch import load_file, save_file
 
 import art
@@ -172,25 +170,6 @@ def test_stopped_behind_the_last_checkpoint(copy, monkeypatch):
     copy.here(monkeypatch, "train_truster")
     assert close(load_file(folder / ADAPTER), expected, 0)
     assert json.loads((folder / "args.json").read_text())["steps"] == about["steps"]
-
-
-FRESH = """
-import sys, art
-scorer = art.Local("data/toy/base", 4, 0.25, sys.argv[1] + "/truster", scorer=True)
-asker = art.Local("data/toy/base", 4, 0.25, sys.argv[1] + "/asker")
-(scored,) = scorer.answers({"x": (sys.argv[2], [0])}, {"kind": "score"}, lambda *place: True)
-(chosen,) = asker.answers({"x": ([sys.argv[2], "Refine:"], [0])}, {"kind": "choose", "before": "Refine:",
-                          "options": [" Yes", " No"]}, lambda *place: True)
-print(scored["x", 0]["score"].hex(), chosen["x", 0]["p"].hex())
-"""
-
-
-def test_fresh_processes_give_equal_logits(kit):
-    """Asker and Truster, loaded with 4-bit weights in two new processes."""
-    command = [sys.executable, "-c", FRESH, str(kit.runs / "toy/default"), "Question: How many?\nAnswer:\n#### 3"]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
-    outs = [process.communicate()[0].splitlines() for process in processes]
-    assert outs[0][-1] == outs[1][-1] and len(outs[0][-1].split()) == 2
 
 
 def test_adapters_load_in_plain_peft(kit):

@@ -19,11 +19,11 @@ class Backend:
     def __init__(self, fail=()):
         self.asked, self.fail = [], fail
 
-    def answers(self, items, settings, is_missing):
+    def answers(self, items, settings, missing):
         for name, (prompt, numbers) in items.items():
-            for number in (number for number in numbers if is_missing(name, number)):
+            for number in (number for number in numbers if (name, number) in missing):
                 self.asked.append(prompt)
-                yield {(name, number): art.failed_row() if prompt in self.fail else {"text": f"{prompt} {number}"}}
+                yield {(name, number): art.failed_output() if prompt in self.fail else {"text": f"{prompt} {number}"}}
 
 
 def refuse():
@@ -85,7 +85,7 @@ DAMAGE = {  # what a kill or a bad disk may leave: the file's lines -> its bytes
 def test_unreadable_lines_are_skipped_and_asked_anew(model_of, capsys, damage):
     """Only what is missing is asked; and the next start knows everything."""
     first = model_of(Backend()).generate(PROMPTS, 9)
-    path = model_of(Backend()).said.path
+    path = model_of(Backend()).cache.path
     change, bad = DAMAGE[damage]
     path.write_bytes(change(path.read_bytes().splitlines()))
     capsys.readouterr()
@@ -104,12 +104,12 @@ def test_a_failed_answer_is_not_kept(model_of):
 def test_a_batch_that_is_not_whole_is_computed_whole(model_of):
     """So that a killed run makes the batches of one that was not: rounding depends on the neighbours."""
     class Batches(Backend):
-        def answers(self, items, settings, is_missing):
+        def answers(self, items, settings, missing):
             self.asked.append([prompt for prompt, _ in items.values()])
             yield {(name, 0): {"text": f"{prompt} 0"} for name, (prompt, _) in items.items()}
 
     model_of(Batches()).generate(PROMPTS, 9)
-    path = model_of(Batches()).said.path
+    path = model_of(Batches()).cache.path
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
     model_of(backend := Batches()).generate(PROMPTS, 9)
     assert backend.asked == [PROMPTS]
@@ -131,19 +131,19 @@ def test_a_second_process_is_refused(model_of):
     model_of(Backend()).generate(PROMPTS, 9)
     model = model_of(Backend())
     code = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print('held', flush=True)\n    input()"
-    holder = subprocess.Popen([sys.executable, "-c", code, f"{model.said.path}.lock"], stdin=subprocess.PIPE,
+    holder = subprocess.Popen([sys.executable, "-c", code, f"{model.cache.path}.lock"], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    before = model.said.path.read_bytes()
+    before = model.cache.path.read_bytes()
     with pytest.raises(art.UserError, match="another process is writing .*jsonl"):
         model.generate(["four"], 9)
     model_of().generate(PROMPTS, 9)  # who only reads is not refused
-    assert model.said.path.read_bytes() == before
+    assert model.cache.path.read_bytes() == before
     holder.communicate("\n")
     model.generate(["four"], 9)
 
 
-def base_at(folder, change=1.0):
+def base_at(folder, change):
     """The toy's base in a folder of its own, its weights multiplied."""
     shutil.copytree(BASE, folder, dirs_exist_ok=True)
     weights = load_file(folder / "model.safetensors")
@@ -152,22 +152,15 @@ def base_at(folder, change=1.0):
     return str(folder)
 
 
-def test_a_model_remade_in_place_is_asked_anew(make_run, tmp_path):
-    """The same name and path, other weights; and with the old weights back, all is known again."""
-    def ask(change):
-        run = make_run(model=base_at(tmp_path / "base", change))
-        run.model("llm").generate(PROMPTS, 3)
-        return run.model("llm").asked
-
-    assert [ask(1.0), ask(0.5), ask(0.5), ask(1.0)] == [3, 3, 0, 0]
-
-
-@pytest.mark.parametrize("other", ["elsewhere/base", "elsewhere/renamed"])
-def test_the_same_weights_under_another_path_are_known(make_run, tmp_path, other):
-    for folder, asked in (("base", 3), (other, 0)):
-        lm = make_run(model=base_at(tmp_path / folder)).model("llm")
+def test_weights_tell_models_apart(make_run, tmp_path):
+    """The same name and path, other weights: asked anew. The old weights again, or another path and name: known."""
+    def ask(folder, change):
+        lm = make_run(model=base_at(tmp_path / folder, change)).model("llm")
         lm.generate(PROMPTS, 3)
-        assert lm.asked == asked
+        return lm.asked
+
+    cases = [("base", 1.0), ("base", 0.5), ("base", 0.5), ("base", 1.0), ("elsewhere/base", 1.0), ("elsewhere/b", 1.0)]
+    assert [ask(*case) for case in cases] == [3, 3, 0, 0, 0, 0]
 
 
 def test_last_line_of_a_log_is_that_of_the_start(kit):
