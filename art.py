@@ -842,9 +842,18 @@ def run(main):
     except Exception as error:
         if re.search("No space left|quota exceeded|File too large|inline_container", str(error)):
             fail(f"the disk is full; {kept}")
-        if re.search("out of memory|ALLOC_FAILED", str(error)):
-            fail(f"out of memory: lower --kv-gib, or --batch-size and raise --accumulate; {kept}")
         raise
+
+
+@contextlib.contextmanager
+def enough_memory(mend):
+    """What runs out of memory becomes one line; it has a name in torch, in cuBLAS, in CUDA itself and on a CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|ALLOC_FAILED|not enough memory|can't allocate memory", str(error)):
+            raise
+        raise UserError(f"out of memory: {mend}; what is finished is kept, the same command goes on") from None
 
 
 def fail(text, code=2):
@@ -1007,6 +1016,7 @@ class Model:
         """The keys that have no answer yet."""
         return [place for place in wanted if place not in self.said.rows or place in self.forget]
 
+    @enough_memory("lower --kv-gib")
     def ask(self, key, settings, wanted):
         """Ask for what is missing, write it batch by batch, return what failed, {key: row}: that is not kept.
 
@@ -1153,7 +1163,7 @@ def load_base(name, bits, head="AutoModelForCausalLM", **settings):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     if torch.cuda.is_available():
         settings["device_map"] = {"": 0}
-    with loading(name):
+    with loading(name), enough_memory("this model does not fit: take a smaller one, or fewer bits"):
         return getattr(transformers, head).from_pretrained(
             find_model(name), dtype=dtype, use_safetensors=True, trust_remote_code=False, **settings).eval()
 
@@ -1542,7 +1552,8 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
         peft.set_peft_model_state_dict(model, safetensors.torch.load_file(last[1] / "adapter_model.safetensors"))
         trainer.state = trainer.state.load_from_json(last[1] / "trainer_state.json")
     else:
-        trainer.train(resume_from_checkpoint=last and str(last[1]))
+        with enough_memory("lower --batch-size, and raise --accumulate as much"):
+            trainer.train(resume_from_checkpoint=last and str(last[1]))
         trainer.report()
     model.save_pretrained(folder)
     history = trainer.state.log_history
@@ -1643,6 +1654,8 @@ def claim_adapter(folder, made_by, records, overwrite, followers=()):
     about = json.loads(path.read_text("utf-8")) if path.is_file() else made_by
     now = json.loads(json.dumps(made_by))
     differ = [name for name in now if name != "code" and about.get(name) != now[name]]
+    if about.get("batch_size", 0) * about.get("accumulate", 0) == now["batch_size"] * now["accumulate"]:
+        differ = [name for name in differ if name not in ("batch_size", "accumulate")]  # the same steps in less memory
     differ += [f"the code of {name}" for name in now["code"] if about.get("code", {}).get(name) != now["code"][name]]
     if differ:
         detail = ", ".join(f"{name} ({about.get(name)} then, {now[name]} now)" if name in now else name
