@@ -36,6 +36,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent
+if sys.platform == "linux":  # torch reads it when it is imported: keys and values grow by pieces of ever new sizes
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # ======================================================================================================================
 # Part 1. The method. A step is a prompt, what a good answer to it looks like, how that answer is read, and a function
@@ -834,6 +836,8 @@ def run(main):
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     kept = "what is finished is kept, the same command goes on"
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("the kit uses one GPU and one process: start it with python, not with torchrun")
         main()
     except UserError as error:
         fail(str(error))
@@ -842,6 +846,8 @@ def run(main):
     except Exception as error:
         if re.search("No space left|quota exceeded|File too large|inline_container", str(error)):
             fail(f"the disk is full; {kept}")
+        if isinstance(error, ImportError) and "torchao" in str(error):  # Colab brings an old one, peft refuses it
+            fail(f"{error}: pip uninstall torchao, the kit does not use it")
         raise
 
 
@@ -1544,6 +1550,7 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
     import peft
     import safetensors.torch
     steps = math.ceil(epochs * math.ceil(len(examples) / (args.batch_size * args.accumulate)))
+    reset_peak_memory()
     random.Random(args.seed).shuffle(examples)  # the Trainer's sampler has a seed of its own, the same for all runs
     trainer = make_trainer(model, examples, collate, loss, args, folder / "checkpoints", steps)
     last = last_checkpoint(folder / "checkpoints")
@@ -1619,6 +1626,13 @@ def last_checkpoint(folder):
         with contextlib.suppress(ValueError):  # half-written: a run was killed
             found.append((json.loads(path.read_text("utf-8"))["global_step"], path.parent))
     return max(found, default=None)
+
+
+def reset_peak_memory():
+    """Let `peak_memory` count from here; on a CPU it cannot be reset."""
+    import torch
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory():

@@ -1,9 +1,13 @@
 """What a GPU needs, as far as a CPU can tell: memory that runs out, number formats, and one line for each mistake."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
-from conftest import refused
+from conftest import ROOT, refused
 
 import art
 
@@ -46,3 +50,37 @@ def test_smaller_batches_go_on_with_the_same_training(copy, monkeypatch, capsys)
     copy.here(monkeypatch, "train_truster", "--batch-size", "2", "--accumulate", "4")
     assert "trained already" in capsys.readouterr().out
     assert "batch_size (8 then, 2 now)" in refused(monkeypatch, capsys, copy, "train_truster", "--batch-size", "2")
+
+
+def test_torchrun_is_refused(copy, monkeypatch, capsys):
+    """Every process of it would write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one GPU and one process" in refused(monkeypatch, capsys, copy, "sample")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has it on Linux alone")
+def test_allocator_is_set_before_torch_is_imported():
+    code = "import os, sys, art; print(os.environ['PYTORCH_ALLOC_CONF'], 'torch' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if name != "PYTORCH_ALLOC_CONF"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.stdout.split() == ["expandable_segments:True", "False"]
+
+
+def test_old_torchao_is_one_line(copy, monkeypatch, tmp_path):
+    """As Colab brings it: peft refuses it unless the weights are in 4 bits."""
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao/__init__.py").write_text("__version__ = '0.10.0'\n")
+    (tmp_path / "torchao-0.10.0.dist-info").mkdir()
+    about = "Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n"
+    (tmp_path / "torchao-0.10.0.dist-info/METADATA").write_text(about)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    err = copy("train_truster", "--run", "new", "--adapter-bits", "32", code=2)[1]
+    assert "pip uninstall torchao" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_each_training_counts_its_own_memory(copy, monkeypatch):
+    """The peak is counted anew before each stage, not only once a process."""
+    calls = []
+    monkeypatch.setattr(art, "reset_peak_memory", lambda: calls.append(1))
+    copy.here(monkeypatch, "train_asker", "--run", "new", "--epochs", "0.1", "--task-epochs", "0.1")
+    assert len(calls) == 2
