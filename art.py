@@ -572,6 +572,8 @@ def make_parser(doc, training=None):
     add("--seed", type=int, default=0, help="seed of training and of resampling (default 0)")
     add("--kv-gib", type=float, metavar="GIB", help="memory for the keys and values of a batch; lower it if memory "
                                                     "runs out (default by preset)")
+    add("--compute", choices=("auto", "fp32"), default="auto", help="number format of products on a GPU (default auto: "
+        "bf16, or fp16 where the card lacks it; fp32 is slow, and the way out where fp16 overflows)")
     add("--max-new-tokens", type=positive, metavar="N", help="longest answer; longer ones are cut off and counted")
     if training:
         add_training_flags(often.add_argument, seldom.add_argument, training)
@@ -712,7 +714,8 @@ class Run:
         if args.shots is None:
             args.shots = 0 if chat else 8
         identity = {"weights": weights_id(args.model, self.task), "bits": args.bits}
-        return Model(self, args.model, identity, lambda: Local(args.model, args.bits, args.kv_gib, chat=chat), chat,
+        return Model(self, args.model, identity, lambda: Local(args.model, args.bits, args.kv_gib, chat=chat,
+                                                                     compute=args.compute), chat,
                      load_exemplars(args.task, args.shots, args.data))
 
     def adapted(self, name):
@@ -720,7 +723,7 @@ class Run:
         about, folder = self.about(name), self.adapter(name)
         identity = {"weights": about["weights"], "bits": about["bits"], "adapter": weights_id(folder, self.task)}
         model = Model(self, name, identity, lambda: Local(about["model"], about["bits"], self.args.kv_gib, folder,
-                                                          scorer=name == "truster"))
+                                                          scorer=name == "truster", compute=self.args.compute))
         model.strategy, model.prior_odds = about.get("strategy"), about.get("prior_odds", 1.0)
         return model
 
@@ -1131,10 +1134,10 @@ def weights_id(name, folder):
     return short_hash(hashes)
 
 
-def compute_dtype(bits):
+def compute_dtype(bits, compute="auto"):
     """fp32 on a CPU (bf16 with 16 bits); on a GPU bf16 where the card really has it, else fp16."""
     import torch
-    if bits == 32 or bits == 4 and not torch.cuda.is_available():
+    if compute == "fp32" or bits == 32 or bits == 4 and not torch.cuda.is_available():
         return torch.float32
     if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):  # a T4 emulates it
         return torch.bfloat16
@@ -1155,7 +1158,7 @@ def load_tokenizer(name):
 TOKENIZERS = {}
 
 
-def load_base(name, bits, head="AutoModelForCausalLM", **settings):
+def load_base(name, bits, head="AutoModelForCausalLM", compute="auto", **settings):
     """A frozen base model in 4 bits (nf4, double quantisation: QLoRA, arXiv 2305.14314), 16 or 32 bits."""
     print(f"loading {name} in {bits} bits ...", flush=True)
     import torch
@@ -1163,7 +1166,7 @@ def load_base(name, bits, head="AutoModelForCausalLM", **settings):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gave NaN under masks: pytorch issue 196678
-    dtype = compute_dtype(bits)
+    dtype = compute_dtype(bits, compute)
     if bits == 4:
         settings["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
@@ -1174,12 +1177,12 @@ def load_base(name, bits, head="AutoModelForCausalLM", **settings):
             find_model(name), dtype=dtype, use_safetensors=True, trust_remote_code=False, **settings).eval()
 
 
-def load_scorer(name, bits, seed=0):
+def load_scorer(name, bits, seed=0, compute="auto"):
     """A base with a fresh scalar head, which is in fp32 and never quantised."""
     import torch
     import transformers
     transformers.set_seed(seed)
-    model = load_base(name, bits, "AutoModelForSequenceClassification", num_labels=1,
+    model = load_base(name, bits, "AutoModelForSequenceClassification", compute, num_labels=1,
                       pad_token_id=load_tokenizer(name).pad_token_id)
     model.score.float()
     assert type(model.score) is torch.nn.Linear, "the head was quantised"
@@ -1220,10 +1223,10 @@ def places(mask):
 class Local:
     """A model on this machine, with an adapter or without: a language model, or a scorer with a scalar head."""
 
-    def __init__(self, name, bits, kv_gib, adapter=None, chat=False, scorer=False):
+    def __init__(self, name, bits, kv_gib, adapter=None, chat=False, scorer=False, compute="auto"):
         import peft
         self.name, self.chat, self.tokenizer = name, chat, load_tokenizer(name)
-        self.model = load_scorer(name, bits) if scorer else load_base(name, bits)
+        self.model = load_scorer(name, bits, compute=compute) if scorer else load_base(name, bits, compute=compute)
         if adapter:
             self.model = peft.PeftModel.from_pretrained(self.model, adapter).eval()
         self.base = self.model.get_base_model() if adapter else self.model
@@ -1337,7 +1340,8 @@ class Local:
     def text_row(self, row, stop):
         """A finished row as it is kept."""
         if row["failed"]:
-            print(f"{self.name} gave numbers that are not finite: an answer counts as failed", file=sys.stderr)
+            print(f"{self.name} gave numbers that are not finite: an answer counts as failed; on a GPU without bf16 "
+                  "give --compute fp32", file=sys.stderr)
             return failed_row(row["prompt_tokens"])
         text = self.tokenizer.decode(row["ids"], skip_special_tokens=True)
         match = re.search(stop, text) if stop else None
@@ -1576,7 +1580,7 @@ def make_trainer(model, examples, collate, loss, args, folder, steps):
     """transformers.Trainer with a loss of named parts, which it prints; it stops where one of them is not finite."""
     import torch
     import transformers
-    cuda, dtype = torch.cuda.is_available(), compute_dtype(args.adapter_bits)
+    cuda, dtype = torch.cuda.is_available(), model.get_input_embeddings().weight.dtype
     settings = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=steps, learning_rate=args.lr, lr_scheduler_type="cosine", warmup_steps=0.05,
         per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulate, optim="adamw_torch",
@@ -1597,7 +1601,7 @@ def make_trainer(model, examples, collate, loss, args, folder, steps):
                 self.parts[name] = self.parts.get(name, 0.0) + value.item()
             if not all(map(math.isfinite, self.parts.values())):
                 raise UserError(f"the loss is not finite at step {self.state.global_step + 1}: lower --lr, or give "
-                                "--adapter-bits 32; the last checkpoint is kept")
+                                "--compute fp32; the last checkpoint is kept")
             return sum(parts.values())
 
         def log(self, logs, *rest):

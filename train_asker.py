@@ -113,8 +113,8 @@ def fine_tune(run, folder, made_by, examples, epochs, start):
     examples = art.drop_long(examples, args.max_length)
     ids, target = examples[0]["input_ids"], examples[0]["target"]
     art.show_record({"prompt": tokenizer.decode(ids[:-target]), "target": tokenizer.decode(ids[-target:])})
-    model = art.add_lora(art.load_base(args.asker_model, args.adapter_bits), "CAUSAL_LM", args.rank,
-                         start and run.folder / start, args.seed)
+    model = art.load_base(args.asker_model, args.adapter_bits, compute=args.compute)
+    model = art.add_lora(model, "CAUSAL_LM", args.rank, start and run.folder / start, args.seed)
     figures = art.fine_tune(model, examples, make_collate(tokenizer.pad_token_id), loss, args, folder, epochs)
     art.write(folder / "args.json", {**made_by, "model": args.asker_model, **figures})
 

@@ -75,7 +75,7 @@ def fine_tune(args, folder, made_by, groups, tokenizer):
     groups = art.drop_long(groups, args.max_length)
     art.show_record({"a right answer" if correct else "a wrong answer": tokenizer.decode(row)
                      for row, correct in zip(groups[0]["rows"], groups[0]["correct"])})
-    model = art.load_scorer(args.truster_model, args.adapter_bits, args.seed)
+    model = art.load_scorer(args.truster_model, args.adapter_bits, args.seed, args.compute)
     model = art.add_lora(model, "SEQ_CLS", args.rank, seed=args.seed)
     figures = art.fine_tune(model, groups, make_collate(tokenizer.pad_token_id), loss, args, folder, args.epochs)
     art.write(folder / "args.json", {**made_by, "model": args.truster_model, **figures})

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,3 +86,35 @@ def test_each_training_counts_its_own_memory(copy, monkeypatch):
     monkeypatch.setattr(art, "reset_peak_memory", lambda: calls.append(1))
     copy.here(monkeypatch, "train_asker", "--run", "new", "--epochs", "0.1", "--task-epochs", "0.1")
     assert len(calls) == 2
+
+
+def test_compute_fp32_keeps_4_bits(monkeypatch, copy):
+    """The way out where fp16 overflows: every script has it, the weights stay in 4 bits, all else is in fp32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    assert art.compute_dtype(4) == torch.float16 and art.compute_dtype(4, "fp32") == torch.float32
+    monkeypatch.undo()
+    asked = []  # a CPU computes in fp32 anyway: so what is handed on is looked at
+    monkeypatch.setattr(art, "compute_dtype", lambda bits, compute="auto": asked.append(compute) or torch.float32)
+    copy.here(monkeypatch, "sample", "--fresh", "--compute", "fp32")
+    copy.here(monkeypatch, "train_asker", "--run", "new", "--epochs", "0.1", "--task-epochs", "0", "--compute", "fp32")
+    copy.here(monkeypatch, "train_truster", "--run", "new", "--epochs", "0.1", "--compute", "fp32")
+    assert len(asked) >= 5 and set(asked) == {"fp32"}  # the LLM, two trainings, and both adapters on dev
+
+
+def test_format_of_the_training_is_that_of_the_model(monkeypatch, tmp_path):
+    """bf16 or fp16 by what the model was loaded with; the optimiser is the one that CPU tests run."""
+    args = Namespace(lr=1e-3, batch_size=1, accumulate=1, seed=0, report_to="none", save_steps=9)
+    seen = []
+
+    def look(settings):
+        seen.append((settings.bf16, settings.fp16, settings.optim))
+        raise KeyboardInterrupt  # before it looks for the card
+
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", look)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model = SimpleNamespace(get_input_embeddings=lambda d=dtype: SimpleNamespace(weight=torch.zeros(1, dtype=d)))
+        with pytest.raises(KeyboardInterrupt):
+            art.make_trainer(model, [], None, None, args, tmp_path, 1)
+    assert seen == [(True, False, "adamw_torch"), (False, True, "adamw_torch"), (False, False, "adamw_torch")]
