@@ -15,6 +15,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import gc
 import hashlib
 import inspect
 import json
@@ -452,9 +453,9 @@ def load_task(task, split, limit=None, data=ROOT / "data"):
 
 
 def load_split(args, split):
-    """The records of a split that --limit and --limit-train leave."""
-    limit = split == "train" and args.limit_train or args.limit
-    return load_task(args.task, split, limit, args.data)
+    """The records of a split that --limit and, for train, --limit-train leave."""
+    limits = [args.limit, args.limit_train if split == "train" else None]
+    return load_task(args.task, split, min(filter(None, limits), default=None), args.data)
 
 
 def distinct_ids(records):
@@ -542,7 +543,10 @@ PRESETS = {
     "t4": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",
            "truster_model": "Qwen/Qwen2.5-1.5B", "k": 4, "max_new_tokens": 512, "max_length": 1024, "kv_gib": 4.0,
            "lr": 2e-4, "asker_batch": (4, 8), "truster_batch": (1, 16), "task_epochs": 2, "epochs": 1,
-           "save_steps": 50},
+           "save_steps": 50, "limit_train": 2000},  # so that a free Colab session holds it
+    "16gb": {"model": "Qwen/Qwen3-8B", "asker_model": "Qwen/Qwen3-4B-Base", "truster_model": "Qwen/Qwen3-4B-Base",
+             "k": 4, "max_new_tokens": 512, "max_length": 1024, "kv_gib": 6.0, "lr": 2e-4, "asker_batch": (4, 8),
+             "truster_batch": (1, 16), "task_epochs": 2, "epochs": 1, "save_steps": 50, "limit_train": 2000},
     "24gb": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf",
              "truster_model": "NousResearch/Llama-2-13b-hf", "k": 5, "max_new_tokens": 512, "max_length": 1024,
              "kv_gib": 8.0, "lr": 2e-4, "asker_batch": (4, 8), "truster_batch": (1, 16), "task_epochs": 3, "epochs": 1,
@@ -558,10 +562,10 @@ def make_parser(doc, training=None):
     often, seldom = parser.add_argument_group("often"), parser.add_argument_group("seldom")
     add = often.add_argument
     add("--task", default="toy", choices=TASKS, help="the task (default toy: nothing to download)")
-    add("--preset", choices=PRESETS, help="models and sizes (default toy; small: any machine; t4, 24gb: a GPU); "
+    add("--preset", choices=PRESETS, help="models and sizes (default toy; small: any machine; others: a GPU); "
                                       "every flag wins over it")
     add("--limit", type=positive, metavar="N", help="only the first N questions of each split")
-    add("--limit-train", type=positive, metavar="N", help="only the first N training questions")
+    add("--limit-train", type=positive, metavar="N", help="only the first N training questions (default by preset)")
     add("--run", default="default", metavar="NAME", help="folder of adapters and tables, runs/<task>/NAME")
     if not training:
         add("--model", help="the LLM: a folder or Hub id, or its name on the server")
@@ -732,6 +736,7 @@ def sample(args):
     """k samples of every question of train and dev, and the drafts of dev: what Asker and Truster learn from."""
     run, train, dev = Run(args), load_split(args, "train"), load_split(args, "dev")
     distinct_ids(train + dev)
+    announce_needs({} if args.base_url else {args.model: args.bits}, kv_gib=args.kv_gib)
     banner(1, 5, f"the LLM answers {len(train) + len(dev):,} questions {args.k} times")
     samples = sample_answers(run.model("llm", "samples"), args, train + dev, args.k, args.temperature)
     for record, several in zip(train + dev, samples):
@@ -1134,6 +1139,43 @@ def weights_id(name, folder):
     return short_hash(hashes)
 
 
+def memory_gib(config, parameters, bits, kv_gib=0.0, tokens=0, learned=0):
+    """GiB that a model needs, roughly: `tokens` at a time are trained on, in `learned` places is a word to predict.
+
+    tests/fit.py computes the same exactly. `config`: the model's config.json.
+    """
+    config = {**config, **config.get("text_config", {})}
+    hidden, layers, vocabulary = (config[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    ends = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)  # never in 4 bits
+    weights = ends * 2 + (parameters - ends) * 0.52 if bits == 4 else parameters * bits / 8
+    training = tokens * 2 * (layers * hidden + 14 * config["intermediate_size"]) + learned * vocabulary * 14
+    return (weights + training) / 2**30 + kv_gib + 1  # 1: the GPU's own, and what is on its way
+
+
+def announce_needs(models, **sizes):
+    """One line: memory and downloads of these models, {name: bits}; none for folders, nor where the Hub is not reached.
+
+    `sizes` as in `memory_gib`.
+    """
+    import huggingface_hub
+    gib, download, names = 0.0, 0, [name for name in models if not Path(find_model(name)).is_dir()]
+    for name in names:
+        try:
+            about = huggingface_hub.HfApi().model_info(name, files_metadata=True, timeout=10)
+            config = json.loads(Path(huggingface_hub.hf_hub_download(name, "config.json")).read_text("utf-8"))
+        except Exception:  # no network, no such model: loading will say it, if it is not in the cache
+            return
+        files = {file.rfilename: file.size or 0 for file in about.siblings
+                 if re.fullmatch(r"model[\w.-]*\.safetensors|[\w.-]+\.(json|model|txt|jinja)", file.rfilename)}
+        download += sum(size for file, size in files.items()
+                        if not isinstance(huggingface_hub.try_to_load_from_cache(name, file), str))
+        weights = sum(size for file, size in files.items() if file.endswith(".safetensors")) / 2  # in 16 bits
+        parameters = about.safetensors.total if about.safetensors else weights
+        gib = max(gib, memory_gib(config, parameters, models[name], **sizes))
+    if names:
+        print(f"{', '.join(names)}: about {gib:.0f} GiB of GPU memory, {download / 1e9:.1f} GB to download", flush=True)
+
+
 def compute_dtype(bits, compute="auto"):
     """fp32 on a CPU (bf16 with 16 bits); on a GPU bf16 where the card really has it, else fp16."""
     import torch
@@ -1166,6 +1208,7 @@ def load_base(name, bits, head="AutoModelForCausalLM", compute="auto", **setting
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gave NaN under masks: pytorch issue 196678
+    gc.collect()  # what is left of a training refers to itself: its weights would stay beside the new ones
     dtype = compute_dtype(bits, compute)
     if bits == 4:
         settings["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -1220,6 +1263,13 @@ def places(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def kv_bytes(config, itemsize=2):
+    """Bytes of the keys and values of one token, in numbers of `itemsize` bytes."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * itemsize
+
+
 class Local:
     """A model on this machine, with an adapter or without: a language model, or a scorer with a scalar head."""
 
@@ -1232,12 +1282,18 @@ class Local:
         self.base = self.model.get_base_model() if adapter else self.model
         ends = self.base.generation_config.eos_token_id if not scorer else None
         self.ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
-        config, dtype = self.base.config.get_text_config(), self.base.get_input_embeddings().weight.dtype
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.budget = int(kv_gib * 2**30 / (2 * config.num_hidden_layers * heads * width * dtype.itemsize))  # tokens
+        dtype = self.base.get_input_embeddings().weight.dtype
+        config = self.base.config.get_text_config()
+        self.set_budget(kv_gib)
         self.limit = getattr(config, "max_position_embeddings", None) or math.inf
         self.machine = f"{self.base.device.type} {str(dtype).removeprefix('torch.')}"
+
+    def set_budget(self, kv_gib):
+        """Tokens of a batch: whose keys and values may be kept, and that are read at once where nothing is written."""
+        import torch
+        config, dtype = self.base.config.get_text_config(), self.base.get_input_embeddings().weight.dtype
+        self.budget = int(kv_gib * 2**30 / kv_bytes(config, dtype.itemsize))
+        self.reads = min(self.budget, 16_384) if torch.cuda.is_available() else self.budget  # a GPU has no swap
 
     def answers(self, items, settings, is_missing):
         """Yield {(prompt's name, number): row} batch by batch. `items`: {name: (prompt, numbers)}."""
@@ -1252,7 +1308,8 @@ class Local:
         lines = [line for line in lines if len(line[1]) + new <= self.limit]
         with torch.inference_mode():
             self.read_prefix([ids for _, ids, _ in lines] if settings["kind"] != "score" else [])
-        for batch in plan_batches([(len(numbers), len(ids) + new) for _, ids, numbers in lines], self.budget):
+        for batch in plan_batches([(len(numbers), len(ids) + new) for _, ids, numbers in lines],
+                                  self.budget if new else self.reads):
             batch = [lines[i] for i in batch]
             if any(is_missing(name, number) for name, _, numbers in batch for number in numbers):
                 with torch.inference_mode():

@@ -142,6 +142,8 @@ def main():
     parser.add_argument("--end-to-end", action="store_true",
                         help="instead of the Asker, train one model that does all four steps (row end_to_end)")
     args = art.parse(parser, training="asker")
+    tokens = args.batch_size * args.max_length
+    art.announce_needs({args.asker_model: args.adapter_bits}, tokens=tokens, learned=tokens // 2)
     run, tokenizer = art.Run(args), art.load_tokenizer(args.asker_model)
     train_set, dev = art.load_split(args, "train"), art.load_split(args, "dev")
     samples = art.load_samples(args, train_set + dev)

@@ -83,6 +83,8 @@ def fine_tune(args, folder, made_by, groups, tokenizer):
 
 def main():
     args = art.parse(art.make_parser(__doc__, "truster"), training="truster")
+    tokens = args.batch_size * art.PRESETS[args.preset]["k"] * args.max_length
+    art.announce_needs({args.truster_model: args.adapter_bits}, tokens=tokens)
     run, tokenizer = art.Run(args), art.load_tokenizer(args.truster_model)
     train_set, dev, folder = art.load_split(args, "train"), art.load_split(args, "dev"), run.folder / "truster"
     samples = art.load_samples(args, train_set + dev)

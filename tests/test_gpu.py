@@ -1,15 +1,17 @@
 """What a GPU needs, as far as a CPU can tell: memory that runs out, number formats, and one line for each mistake."""
 
+import gc
 import os
 import subprocess
 import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
+import fit
 import pytest
 import torch
 import transformers
-from conftest import ROOT, refused
+from conftest import BASE, ROOT, refused
 
 import art
 
@@ -118,3 +120,68 @@ def test_format_of_the_training_is_that_of_the_model(monkeypatch, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             art.make_trainer(model, [], None, None, args, tmp_path, 1)
     assert seen == [(True, False, "adamw_torch"), (False, True, "adamw_torch"), (False, False, "adamw_torch")]
+
+
+def test_a_training_leaves_no_weights_behind(copy, monkeypatch):
+    """When the next model is loaded, those of the training are gone: a card has room for one."""
+    alive, load = [], transformers.AutoModelForCausalLM.from_pretrained
+
+    def look(*args, **settings):
+        alive.append(sum(type(thing).__name__ == "Params4bit" for thing in gc.get_objects()))
+        return load(*args, **settings)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", look)
+    gc.collect()
+    gc.disable()  # else it may come by chance
+    try:
+        copy.here(monkeypatch, "train_asker", "--run", "new", "--epochs", "0.1", "--task-epochs", "0.1")
+    finally:
+        gc.enable()
+    assert len(alive) == 3 and len(set(alive)) == 1  # two trainings, and dev
+
+
+@pytest.mark.parametrize(("cuda", "kv_gib", "reads"), [(True, 4, 16_384), (True, 0.1, 3744), (False, 4, 149_796)])
+def test_batches_have_bytes(monkeypatch, cuda, kv_gib, reads):
+    """Of keys and values, whatever the model; decisions and scores write none, but on a GPU they have a bound too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    local = object.__new__(art.Local)  # Qwen2.5-1.5B in 16 bits: 28 layers, 2 heads of 128
+    config = SimpleNamespace(num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, hidden_size=1536)
+    config.get_text_config = lambda: config
+    weight = SimpleNamespace(weight=torch.zeros(1, dtype=torch.bfloat16))
+    local.base = SimpleNamespace(config=config, get_input_embeddings=lambda: weight)
+    local.set_budget(kv_gib)
+    assert (local.budget, local.reads) == (int(kv_gib * 2**30 / (2 * 28 * 2 * 128 * 2)), reads)
+
+
+def test_limits_hold_together(copy):
+    """The preset's limit of train, --limit-train and --limit: the smallest; test is never cut by that of train."""
+    def sizes(*flags):
+        args = art.parse(art.make_parser(""), ["--data", str(copy.data), "--runs", "new", *flags])
+        return [len(art.load_split(args, split)) for split in ("train", "test")]
+
+    assert art.PRESETS["t4"]["limit_train"] == 2000 and sizes("--preset", "t4") == [40, 12]
+    assert sizes("--limit-train", "5") == [5, 12] and sizes("--preset", "t4", "--limit", "7") == [7, 7]
+    assert sizes("--limit", "9", "--limit-train", "5") == [5, 9]
+
+
+def test_needs_are_said_before_anything_is_downloaded(monkeypatch, tmp_path, capsys):
+    """From the sizes on the Hub, those in the cache aside; nothing of folders, nothing without a network."""
+    config = fit.SHAPES["Qwen/Qwen2.5-1.5B"]
+    art.write(tmp_path / "config.json", config)
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in [
+        ("model.safetensors", 3_087_467_144), ("pytorch_model.bin", 3_087_467_144), ("config.json", 660)]]
+    about = SimpleNamespace(siblings=files, safetensors=SimpleNamespace(total=1_543_714_304))
+    hub = SimpleNamespace(HfApi=lambda: SimpleNamespace(model_info=lambda name, **how: about),
+                          hf_hub_download=lambda *name: str(tmp_path / "config.json"),
+                          try_to_load_from_cache=lambda *name: None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    art.announce_needs({BASE: 4})
+    assert capsys.readouterr().out == ""
+    art.announce_needs({"Qwen/Qwen2.5-1.5B": 4, BASE: 4}, kv_gib=4.0)
+    assert capsys.readouterr().out == "Qwen/Qwen2.5-1.5B: about 6 GiB of GPU memory, 3.1 GB to download\n"
+    hub.try_to_load_from_cache = lambda *name: "there"
+    art.announce_needs({"Qwen/Qwen2.5-1.5B": 16}, tokens=4096, learned=2048)
+    assert "about 9 GiB of GPU memory, 0.0 GB to download" in capsys.readouterr().out
+    hub.HfApi = raises(OSError("no network"))
+    art.announce_needs({"Qwen/Qwen2.5-1.5B": 4})
+    assert capsys.readouterr().out == ""
