@@ -1148,7 +1148,7 @@ def memory_gib(config, parameters, bits, kv_gib=0.0, tokens=0, learned=0):
     hidden, layers, vocabulary = (config[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
     ends = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)  # never in 4 bits
     weights = ends * 2 + (parameters - ends) * 0.52 if bits == 4 else parameters * bits / 8
-    training = tokens * 2 * (layers * hidden + 14 * config["intermediate_size"]) + learned * vocabulary * 14
+    training = tokens * 2 * (layers * hidden + 14 * config["intermediate_size"]) + learned * vocabulary * 12
     return (weights + training) / 2**30 + kv_gib + 1  # 1: the GPU's own, and what is on its way
 
 

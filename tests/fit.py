@@ -19,31 +19,10 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from shapes import config_of
+
 import art
 
-LLAMA = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
-QWEN2 = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True}
-QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 32768, "head_dim": 128,
-         "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 36}
-
-
-def shape(family, hidden, mlp, layers=None, heads=None, kv_heads=None, **more):
-    """The settings of a model: its family's, and sizes of its own."""
-    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
-             "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return {**family, **{key: size for key, size in sizes.items() if size}, **more}
-
-
-SHAPES = {  # as their config.json on the Hub has them
-    "Qwen/Qwen2.5-0.5B-Instruct": shape(QWEN2, 896, 4864, 24, 14, 2),
-    "Qwen/Qwen2.5-1.5B-Instruct": shape(QWEN2, 1536, 8960, 28, 12, 2),
-    "Qwen/Qwen2.5-1.5B": shape(QWEN2, 1536, 8960, 28, 12, 2),
-    "Qwen/Qwen2.5-7B-Instruct": shape(QWEN2, 3584, 18944, 28, 28, 4, vocab_size=152064, tie_word_embeddings=False),
-    "Qwen/Qwen3-4B-Base": shape(QWEN3, 2560, 9728, tie_word_embeddings=True),
-    "Qwen/Qwen3-8B": shape(QWEN3, 4096, 12288, tie_word_embeddings=False),
-    "NousResearch/Llama-2-7b-hf": shape(LLAMA, 4096, 11008, 32, 32, 32),
-    "NousResearch/Llama-2-13b-hf": shape(LLAMA, 5120, 13824, 40, 40, 40),
-}
 PROMPT, ANSWER, CAP, ASKED = 150, 300, 512, 100  # tokens: question, a chat model's answer, its cap, an Asker's text
 ALIVE = 0.6  # a batch takes as many steps as its longest answer: so many of its rows are alive in a step
 QUESTIONS = {"train": 6973, "dev": 500, "test": 1319}  # of GSM8K
@@ -58,13 +37,6 @@ CARDS = {
 
 
 # --- Fake models
-
-
-def config_of(name):
-    """The configuration of a model, without the Hub."""
-    import transformers
-    sizes = {key: value for key, value in SHAPES[name].items() if key != "model_type"}
-    return transformers.AutoConfig.for_model(SHAPES[name]["model_type"], **sizes, pad_token_id=0)
 
 
 def packed(weight):

@@ -7,8 +7,8 @@ import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
-import fit
 import pytest
+import shapes
 import torch
 import transformers
 from conftest import BASE, ROOT, refused
@@ -166,7 +166,7 @@ def test_limits_hold_together(copy):
 
 def test_needs_are_said_before_anything_is_downloaded(monkeypatch, tmp_path, capsys):
     """From the sizes on the Hub, those in the cache aside; nothing of folders, nothing without a network."""
-    config = fit.SHAPES["Qwen/Qwen2.5-1.5B"]
+    config = shapes.SHAPES["Qwen/Qwen2.5-1.5B"]
     art.write(tmp_path / "config.json", config)
     files = [SimpleNamespace(rfilename=name, size=size) for name, size in [
         ("model.safetensors", 3_087_467_144), ("pytorch_model.bin", 3_087_467_144), ("config.json", 660)]]
