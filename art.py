@@ -17,6 +17,7 @@ import collections
 import contextlib
 import copy
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -37,6 +38,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent
+if sys.platform == "linux":  # torch reads it when it is imported: keys and values grow by pieces of ever new sizes
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # ======================================================================================================================
 # Part 1. The method. A step is a prompt, what a good answer to it looks like, how that answer is read, and a function
@@ -454,9 +457,9 @@ def load_task(task, split, limit=None, data=ROOT / "data"):
 
 
 def load_split(args, split):
-    """The records of a split that --limit and --limit-train leave."""
-    limit = split == "train" and args.limit_train or args.limit
-    return load_task(args.task, split, limit, args.data)
+    """The records of a split that --limit and, for train, --limit-train leave."""
+    limits = [args.limit, args.limit_train if split == "train" else None]
+    return load_task(args.task, split, min(filter(None, limits), default=None), args.data)
 
 
 def distinct_ids(records):
@@ -534,7 +537,10 @@ PRESETS = {
     "t4": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",
            "truster_model": "Qwen/Qwen2.5-1.5B", "k": 4, "max_new_tokens": 512, "max_length": 1024, "kv_gib": 4.0,
            "lr": 2e-4, "asker_batch": (4, 8), "truster_batch": (1, 16), "task_epochs": 2, "epochs": 1,
-           "save_steps": 50},
+           "save_steps": 50, "limit_train": 2000},  # so that a free Colab session holds it
+    "16gb": {"model": "Qwen/Qwen3-8B", "asker_model": "Qwen/Qwen3-4B-Base", "truster_model": "Qwen/Qwen3-4B-Base",
+             "k": 4, "max_new_tokens": 512, "max_length": 1024, "kv_gib": 6.0, "lr": 2e-4, "asker_batch": (4, 8),
+             "truster_batch": (1, 16), "task_epochs": 2, "epochs": 1, "save_steps": 50, "limit_train": 2000},
     "24gb": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf",
              "truster_model": "NousResearch/Llama-2-13b-hf", "k": 5, "max_new_tokens": 512, "max_length": 1024,
              "kv_gib": 8.0, "lr": 2e-4, "asker_batch": (4, 8), "truster_batch": (1, 16), "task_epochs": 3, "epochs": 1,
@@ -551,10 +557,10 @@ def make_parser(doc, training=None):
     often, seldom = parser.add_argument_group("often"), parser.add_argument_group("seldom")
     add = often.add_argument
     add("--task", default="toy", choices=TASKS, help="the task (default toy: nothing to download)")
-    add("--preset", choices=PRESETS, help="models and sizes (default toy; small: any machine; t4, 24gb: a GPU); "
+    add("--preset", choices=PRESETS, help="models and sizes (default toy; small: any machine; others: a GPU); "
                                       "every flag wins over it")
     add("--limit", type=positive, metavar="N", help="only the first N questions of each split")
-    add("--limit-train", type=positive, metavar="N", help="only the first N training questions")
+    add("--limit-train", type=positive, metavar="N", help="only the first N training questions (default by preset)")
     add("--run", default="default", metavar="NAME", help="folder of adapters and tables, runs/<task>/NAME")
     if not training:
         add("--model", help="the LLM: a folder or Hub id, or its name on the server")
@@ -565,6 +571,8 @@ def make_parser(doc, training=None):
     add("--seed", type=int, default=0, help="seed of training and of resampling (default 0)")
     add("--kv-gib", type=float, metavar="GIB", help="memory for the keys and values of a batch; lower it if memory "
                                                     "runs out (default by preset)")
+    add("--compute", choices=("auto", "fp32"), default="auto", help="number format of products on a GPU (default auto: "
+        "bf16, or fp16 where the card lacks it; fp32 is slow, and the way out where fp16 overflows)")
     add("--max-new-tokens", type=positive, metavar="N", help="longest answer; longer ones are cut off and counted")
     if training:
         add_training_flags(often.add_argument, seldom.add_argument, training)
@@ -688,7 +696,7 @@ class Run:
             chat = args.chat == "yes" or args.chat == "auto" and bool(load_tokenizer(args.model).chat_template)
             args.shots = (0 if chat else 8) if args.shots is None else args.shots
             identity = {"weights": weights_id(args.model, self.task), "bits": args.bits}
-            load = functools.partial(Local, args.model, args.bits, args.kv_gib, chat=chat)
+            load = functools.partial(Local, args.model, args.bits, args.kv_gib, chat=chat, compute=args.compute)
         return Model(self, args.model, identity, load, chat, load_exemplars(args.task, args.shots, args.data))
 
     def adapted(self, name):
@@ -696,7 +704,8 @@ class Run:
         about, folder = self.about(name), self.adapter(name)
         identity = {"weights": about["weights"], "bits": about["bits"], "adapter": weights_id(folder, self.task)}
         model = Model(self, name, identity, functools.partial(
-            Local, about["model"], about["bits"], self.args.kv_gib, folder, scorer=name == "truster"))
+            Local, about["model"], about["bits"], self.args.kv_gib, folder, scorer=name == "truster",
+            compute=self.args.compute))
         model.strategy, model.prior_odds = about.get("strategy"), about.get("prior_odds", 1.0)
         return model
 
@@ -705,6 +714,7 @@ def sample(args):
     """k samples of every question of train and dev, and the drafts of dev: what Asker and Truster learn from."""
     run, train, dev = Run(args), load_split(args, "train"), load_split(args, "dev")
     distinct_ids(train + dev)
+    announce_needs({} if args.base_url else {args.model: args.bits}, kv_gib=args.kv_gib)
     print(f"[1/5] the LLM answers {len(train) + len(dev):,} questions {args.k} times", flush=True)
     samples = sample_answers(run.model("llm", "samples"), args, train + dev, args.k, args.temperature)
     for record, outputs in zip(train + dev, samples):
@@ -805,6 +815,8 @@ def run(main):
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     kept = "what is finished is kept, the same command goes on"
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("the kit uses one GPU and one process: start it with python, not with torchrun")
         main()
     except UserError as error:
         fail(str(error))
@@ -813,9 +825,20 @@ def run(main):
     except Exception as error:
         if re.search("No space left|quota exceeded|File too large|inline_container", str(error)):
             fail(f"the disk is full; {kept}")
-        if re.search("out of memory|ALLOC_FAILED", str(error)):
-            fail(f"out of memory: lower --kv-gib, or --batch-size and raise --accumulate; {kept}")
+        if isinstance(error, ImportError) and "torchao" in str(error):  # Colab brings an old one, peft refuses it
+            fail(f"{error}: pip uninstall torchao, the kit does not use it")
         raise
+
+
+@contextlib.contextmanager
+def enough_memory(mend):
+    """What runs out of memory becomes one line; it has a name in torch, in cuBLAS, in CUDA itself and on a CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|ALLOC_FAILED|not enough memory|can't allocate memory", str(error)):
+            raise
+        raise UserError(f"out of memory: {mend}; what is finished is kept, the same command goes on") from None
 
 
 def fail(text, code=2):
@@ -959,6 +982,7 @@ class Model:
         self.machines |= {output["on"] for several in outputs for output in several if "on" in output}
         return outputs
 
+    @enough_memory("lower --kv-gib")
     def ask(self, key, settings, wanted):
         """Ask for what is missing, write it batch by batch, return what failed, {key: output}: that is not kept.
 
@@ -1075,10 +1099,47 @@ def weights_id(name, folder):
     return short_hash(hashes)
 
 
-def compute_dtype(bits):
+def memory_gib(config, parameters, bits, kv_gib=0.0, tokens=0, learned=0):
+    """GiB that a model needs, roughly: `tokens` at a time are trained on, in `learned` places is a word to predict.
+
+    tests/fit.py computes the same exactly. `config`: the model's config.json.
+    """
+    config = {**config, **config.get("text_config", {})}
+    hidden, layers, vocabulary = (config[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    ends = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)  # never in 4 bits
+    weights = ends * 2 + (parameters - ends) * 0.52 if bits == 4 else parameters * bits / 8
+    training = tokens * 2 * (layers * hidden + 14 * config["intermediate_size"]) + learned * vocabulary * 12
+    return (weights + training) / 2**30 + kv_gib + 1  # 1: the GPU's own, and what is on its way
+
+
+def announce_needs(models, **sizes):
+    """One line: memory and downloads of these models, {name: bits}; none for folders, nor where the Hub is not reached.
+
+    `sizes` as in `memory_gib`.
+    """
+    import huggingface_hub
+    gib, download, names = 0.0, 0, [name for name in models if not Path(find_model(name)).is_dir()]
+    for name in names:
+        try:
+            about = huggingface_hub.HfApi().model_info(name, files_metadata=True, timeout=10)
+            config = json.loads(Path(huggingface_hub.hf_hub_download(name, "config.json")).read_text("utf-8"))
+        except Exception:  # no network, no such model: loading will say it, if it is not in the cache
+            return
+        files = {file.rfilename: file.size or 0 for file in about.siblings
+                 if re.fullmatch(r"model[\w.-]*\.safetensors|[\w.-]+\.(json|model|txt|jinja)", file.rfilename)}
+        download += sum(size for file, size in files.items()
+                        if not isinstance(huggingface_hub.try_to_load_from_cache(name, file), str))
+        weights = sum(size for file, size in files.items() if file.endswith(".safetensors")) / 2  # in 16 bits
+        parameters = about.safetensors.total if about.safetensors else weights
+        gib = max(gib, memory_gib(config, parameters, models[name], **sizes))
+    if names:
+        print(f"{', '.join(names)}: about {gib:.0f} GiB of GPU memory, {download / 1e9:.1f} GB to download", flush=True)
+
+
+def compute_dtype(bits, compute="auto"):
     """fp32 on a CPU (bf16 with 16 bits); on a GPU bf16 where the card really has it, else fp16."""
     import torch
-    if bits == 32 or bits == 4 and not torch.cuda.is_available():
+    if compute == "fp32" or bits == 32 or bits == 4 and not torch.cuda.is_available():
         return torch.float32
     if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):  # a T4 emulates it
         return torch.bfloat16
@@ -1095,7 +1156,7 @@ def load_tokenizer(name):
     return tokenizer
 
 
-def load_base(name, bits, head="AutoModelForCausalLM", **settings):
+def load_base(name, bits, head="AutoModelForCausalLM", compute="auto", **settings):
     """A frozen base model in 4 bits (nf4, double quantisation: QLoRA, arXiv 2305.14314), 16 or 32 bits."""
     print(f"loading {name} in {bits} bits ...", flush=True)
     import torch
@@ -1103,23 +1164,24 @@ def load_base(name, bits, head="AutoModelForCausalLM", **settings):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gave NaN under masks: pytorch issue 196678
-    dtype = compute_dtype(bits)
+    gc.collect()  # what is left of a training refers to itself: its weights would stay beside the new ones
+    dtype = compute_dtype(bits, compute)
     if bits == 4:
         settings["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     if torch.cuda.is_available():
         settings["device_map"] = {"": 0}
-    with loading(name):
+    with loading(name), enough_memory("this model does not fit: take a smaller one, or fewer bits"):
         return getattr(transformers, head).from_pretrained(
             find_model(name), dtype=dtype, use_safetensors=True, trust_remote_code=False, **settings).eval()
 
 
-def load_scorer(name, bits, seed=0):
+def load_scorer(name, bits, seed=0, compute="auto"):
     """A base with a fresh scalar head, which is in fp32 and never quantised."""
     import torch
     import transformers
     transformers.set_seed(seed)
-    model = load_base(name, bits, "AutoModelForSequenceClassification", num_labels=1,
+    model = load_base(name, bits, "AutoModelForSequenceClassification", compute, num_labels=1,
                       pad_token_id=load_tokenizer(name).pad_token_id)
     model.score.float()
     assert type(model.score) is torch.nn.Linear, "the head was quantised"
@@ -1157,24 +1219,37 @@ def places(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
+def kv_bytes(config, itemsize=2):
+    """Bytes of the keys and values of one token, in numbers of `itemsize` bytes."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * itemsize
+
+
 class Local:
     """A model on this machine, with an adapter or without: a language model, or a scorer with a scalar head."""
 
-    def __init__(self, name, bits, kv_gib, adapter=None, chat=False, scorer=False):
+    def __init__(self, name, bits, kv_gib, adapter=None, chat=False, scorer=False, compute="auto"):
         import peft
         self.name, self.chat, self.tokenizer = name, chat, load_tokenizer(name)
-        self.model = load_scorer(name, bits) if scorer else load_base(name, bits)
+        self.model = load_scorer(name, bits, compute=compute) if scorer else load_base(name, bits, compute=compute)
         if adapter:
             self.model = peft.PeftModel.from_pretrained(self.model, adapter).eval()
         self.base = self.model.get_base_model() if adapter else self.model
         ends = self.base.generation_config.eos_token_id if not scorer else None
         self.ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
-        config, dtype = self.base.config.get_text_config(), self.base.get_input_embeddings().weight.dtype
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.budget = int(kv_gib * 2**30 / (2 * config.num_hidden_layers * heads * width * dtype.itemsize))  # tokens
+        dtype = self.base.get_input_embeddings().weight.dtype
+        config = self.base.config.get_text_config()
+        self.set_budget(kv_gib)
         self.limit = getattr(config, "max_position_embeddings", None) or math.inf
         self.machine = f"{self.base.device.type} {str(dtype).removeprefix('torch.')}"
+
+    def set_budget(self, kv_gib):
+        """Tokens of a batch: whose keys and values may be kept, and that are read at once where nothing is written."""
+        import torch
+        config, dtype = self.base.config.get_text_config(), self.base.get_input_embeddings().weight.dtype
+        self.budget = int(kv_gib * 2**30 / kv_bytes(config, dtype.itemsize))
+        self.reads = min(self.budget, 16_384) if torch.cuda.is_available() else self.budget  # a GPU has no swap
 
     def answers(self, items, settings, missing):
         """Yield {(prompt's name, number): output} batch by batch. `items`: {name: (prompt, numbers)}.
@@ -1192,7 +1267,8 @@ class Local:
                    if len(ids) + new > self.limit}
         with torch.inference_mode():
             self.read_prefix([ids for _, ids, _ in fitting] if settings["kind"] != "score" else [])
-        for batch in plan_batches([(len(numbers), len(ids) + new) for _, ids, numbers in fitting], self.budget):
+        for batch in plan_batches([(len(numbers), len(ids) + new) for _, ids, numbers in fitting],
+                                  self.budget if new else self.reads):
             batch = [fitting[i] for i in batch]
             if any((name, number) in missing for name, _, numbers in batch for number in numbers):
                 with torch.inference_mode():
@@ -1200,7 +1276,8 @@ class Local:
                 bad = {place: failed_output(output["prompt_tokens"]) for place, output in outputs.items()
                        if any(value != value for value in output.values())}  # NaN alone is not what it is
                 if bad:
-                    print(f"{self.name} gave numbers that are not finite: {len(bad)} answers failed", file=sys.stderr)
+                    print(f"{self.name} gave numbers that are not finite: {len(bad)} answers failed; on a GPU without "
+                          "bf16 give --compute fp32", file=sys.stderr)
                 yield outputs | bad
 
     def tokens(self, prompt):
@@ -1484,6 +1561,7 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
     import peft
     import safetensors.torch
     steps = math.ceil(epochs * math.ceil(len(examples) / (args.batch_size * args.accumulate)))
+    reset_peak_memory()
     random.Random(args.seed).shuffle(examples)  # the Trainer's sampler has a seed of its own, the same for all runs
     trainer = make_trainer(model, examples, collate, loss, args, folder / "checkpoints", steps)
     last = last_checkpoint(folder / "checkpoints")
@@ -1492,7 +1570,8 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
         peft.set_peft_model_state_dict(model, safetensors.torch.load_file(last[1] / "adapter_model.safetensors"))
         trainer.state = trainer.state.load_from_json(last[1] / "trainer_state.json")
     else:
-        trainer.train(resume_from_checkpoint=last and str(last[1]))
+        with enough_memory("lower --batch-size, and raise --accumulate as much"):
+            trainer.train(resume_from_checkpoint=last and str(last[1]))
         trainer.report()
     model.save_pretrained(folder)
     history, names = trainer.state.log_history, ("step", "text", "decision", "pairs")
@@ -1507,7 +1586,7 @@ def make_trainer(model, examples, collate, loss, args, folder, steps):
     """transformers.Trainer with a loss of named parts, which it prints; it stops where one of them is not finite."""
     import torch
     import transformers
-    cuda, dtype = torch.cuda.is_available(), compute_dtype(args.adapter_bits)
+    cuda, dtype = torch.cuda.is_available(), model.get_input_embeddings().weight.dtype
     settings = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=steps, learning_rate=args.lr, lr_scheduler_type="cosine", warmup_steps=0.05,
         per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulate, optim="adamw_torch",
@@ -1528,7 +1607,7 @@ def make_trainer(model, examples, collate, loss, args, folder, steps):
                 self.parts[name] = self.parts.get(name, 0.0) + value.item()
             if not all(map(math.isfinite, self.parts.values())):
                 raise UserError(f"the loss is not finite at step {self.state.global_step + 1}: lower --lr, or give "
-                                "--adapter-bits 32; the last checkpoint is kept")
+                                "--compute fp32; the last checkpoint is kept")
             return sum(parts.values())
 
         def log(self, logs, *rest):
@@ -1557,6 +1636,13 @@ def last_checkpoint(folder):
         with contextlib.suppress(ValueError):  # half-written: a run was killed
             found.append((json.loads(path.read_text("utf-8"))["global_step"], path.parent))
     return max(found, default=None)
+
+
+def reset_peak_memory():
+    """Let `peak_memory` count from here; on a CPU it cannot be reset."""
+    import torch
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory():
@@ -1596,8 +1682,11 @@ def train_adapter(run, name, base, records, examples, functions, fine_tune, foll
             for old in (folder, *(run.folder / follower for follower in followers)):
                 shutil.rmtree(old, ignore_errors=True)
         then = json.loads(path.read_text("utf-8")) if path.is_file() else now
+        same = {"code"}
+        if then["batch_size"] * then["accumulate"] == now["batch_size"] * now["accumulate"]:
+            same |= {"batch_size", "accumulate"}  # the same steps in less memory
         differ = [f"{key} ({then.get(key)} then, {value} now)" for key, value in now.items()
-                  if key != "code" and then.get(key) != value]
+                  if key not in same and then.get(key) != value]
         differ += [f"the code of {key}" for key, value in now["code"].items() if then.get("code", {}).get(key) != value]
         if differ:
             raise UserError(f"{folder} was trained otherwise: {', '.join(differ)}. Give --run NEW to train beside it, "

@@ -540,6 +540,9 @@ def main():
     run = art.Run(args)
     dev, test = art.load_split(args, "dev"), art.load_split(args, "test")
     refuse_leaks(run, test)
+    adapters = [run.about(name) for name in ("asker", "truster") if (run.adapter(name) / "args.json").is_file()]
+    models = {about["model"]: about["bits"] for about in adapters} | ({} if args.base_url else {args.model: args.bits})
+    art.announce_needs(models, kv_gib=args.kv_gib)
     print(f"[4/5] {len(dev):,} questions of dev and {len(test):,} of test through the steps", flush=True)
     path = run.folder / "results.json"
     before = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []

@@ -102,8 +102,8 @@ def train(run, name, records, examples, epochs, start=None, followers=(), **abou
         kept = art.drop_long(examples, args.max_length)
         ids, target = kept[0]["input_ids"], kept[0]["target"]
         art.show_record({"prompt": tokenizer.decode(ids[:-target]), "target": tokenizer.decode(ids[-target:])})
-        model = art.add_lora(art.load_base(args.asker_model, args.adapter_bits), "CAUSAL_LM", args.rank,
-                             start and run.folder / start, args.seed)
+        model = art.load_base(args.asker_model, args.adapter_bits, compute=args.compute)
+        model = art.add_lora(model, "CAUSAL_LM", args.rank, start and run.folder / start, args.seed)
         return art.fine_tune(model, kept, make_collate(tokenizer.pad_token_id), loss, args, folder, epochs)
 
     begun = art.weights_id(run.folder / start, run.task) if start else None
@@ -133,6 +133,8 @@ def main():
     parser.add_argument("--end-to-end", action="store_true",
                         help="instead of the Asker, train one model that does all four steps (row end_to_end)")
     args = art.parse(parser, training="asker")
+    tokens = args.batch_size * args.max_length
+    art.announce_needs({args.asker_model: args.adapter_bits}, tokens=tokens, learned=tokens // 2)
     run, tokenizer = art.Run(args), art.load_tokenizer(args.asker_model)
     train_set, dev = art.load_split(args, "train"), art.load_split(args, "dev")
     samples = art.load_samples(args, train_set + dev)

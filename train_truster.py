@@ -72,6 +72,8 @@ def dev_figures(run, dev, samples):
 
 def main():
     args = art.parse(art.make_parser(__doc__, "truster"), training="truster")
+    tokens = args.batch_size * art.PRESETS[args.preset]["k"] * args.max_length
+    art.announce_needs({args.truster_model: args.adapter_bits}, tokens=tokens)
     run, tokenizer = art.Run(args), art.load_tokenizer(args.truster_model)
     train_set, dev = art.load_split(args, "train"), art.load_split(args, "dev")
     samples = art.load_samples(args, train_set + dev)
@@ -82,7 +84,7 @@ def main():
         kept = art.drop_long(groups, args.max_length)
         art.show_record({"a right answer" if correct else "a wrong answer": tokenizer.decode(ids)
                          for ids, correct in zip(kept[0]["rows"], kept[0]["correct"])})
-        model = art.load_scorer(args.truster_model, args.adapter_bits, args.seed)
+        model = art.load_scorer(args.truster_model, args.adapter_bits, args.seed, args.compute)
         model = art.add_lora(model, "SEQ_CLS", args.rank, seed=args.seed)
         return art.fine_tune(model, kept, make_collate(tokenizer.pad_token_id), loss, args, folder, args.epochs)
 

@@ -109,7 +109,7 @@ def make_run(tmp_path):
             "task": "toy", "runs": Path(folder), "run": "default", "data": ROOT / "data", "model": BASE, "bits": 32,
             "base_url": None, "chat": "auto", "shots": 0, "strategy": "cot", "facts": "refine", "show_draft": "yes",
             "max_new_tokens": 48, "temperature": 0.7, "draft_temperature": 0.0, "sample_seed": 0, "kv_gib": 0.25,
-            "seed": 0, "fresh": False, "concurrency": 8, **changes})
+            "seed": 0, "fresh": False, "concurrency": 8, "compute": "auto", **changes})
         return art.Run(args)
     return make
 

@@ -120,8 +120,8 @@ def test_pickled_weights_are_refused(copy, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("error", "code", "said"), [
-    (RuntimeError("CUDA out of memory. Tried"), 2, "lower --kv-gib"), (KeyboardInterrupt(), 130, "stopped"),
-    (OSError(28, "No space left on device"), 2, "the disk is full"), (art.UserError("Mend it."), 2, "Mend it.")])
+    (KeyboardInterrupt(), 130, "stopped"), (OSError(28, "No space left on device"), 2, "the disk is full"),
+    (art.UserError("Mend it."), 2, "Mend it.")])
 def test_what_a_user_can_mend_is_one_line(capsys, error, code, said):
     def main():
         raise error
