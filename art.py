@@ -640,10 +640,12 @@ def parse(parser, argv=None, training="asker"):
     args.preset = args.preset or kept.get("preset") or "toy"
     preset = PRESETS[args.preset]
     batch_size, accumulate = preset[f"{training}_batch"]
-    sizes = {"batch_size": batch_size, "accumulate": accumulate}
-    for key, value in {**DEFAULTS, **preset, **sizes, **kept}.items():
+    defaults = {**DEFAULTS, **preset, "batch_size": batch_size, "accumulate": accumulate}
+    for key, value in {**defaults, **kept}.items():
         if getattr(args, key, value) is None:
             setattr(args, key, value)
+            if value != defaults.get(key):
+                print(f"from {path}: {key} {value}")
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run) or args.run == "said":
         raise UserError("--run is a plain name, and not said: letters, digits, dot, hyphen, underscore")
     if args.task != "toy" and PRESETS["toy"]["model"] in [getattr(args, k, "") for k in ("model", "asker_model")]:

@@ -520,7 +520,7 @@ def summary(outputs, figures, lacking):
     wrong = ~outputs.right("draft")[test]
     results = {
         "task": args.task, "llm": args.model, "n": len(wrong), "n_dev": outputs.dev.stop, "seed": args.seed,
-        "settings": {key: getattr(args, key, None) for key in art.LLM_KEYS},
+        "settings": {key: getattr(args, key) for key in art.LLM_KEYS if hasattr(args, key)},
         "rows": list(figures.values()), "lacking": lacking,
         "auc": {name: art.auc(outputs.column(stage, "p_refine")[test], wrong) for name, stage in (
             ("Asker", "ask"), ("the LLM itself", "ask_self"), ("cheap gate", "cheap")) if stage in outputs.known},

@@ -40,8 +40,10 @@ def args_of(runs, *flags):
 def test_later_scripts_take_the_settings_of_sample(copy, monkeypatch, capsys):
     """From llm.json; a flag wins over it, and another LLM has settings of its own."""
     copy.here(monkeypatch, "sample", "--max-new-tokens", "40", "--k", "1", "--temperature", "0.9", "--limit", "2")
-    args = args_of(copy.runs)
+    capsys.readouterr()
+    args, said = args_of(copy.runs), capsys.readouterr().out
     assert (args.max_new_tokens, args.temperature, args.bits) == (40, 0.9, 4)
+    assert "max_new_tokens 40" in said and "temperature 0.9" in said and "bits" not in said
     assert args_of(copy.runs, "--max-new-tokens", "50").max_new_tokens == 50
     assert args_of(copy.runs, "--model", "other").max_new_tokens == art.PRESETS["toy"]["max_new_tokens"]
     copy.here(monkeypatch, "sample", "--limit", "2")  # sample itself begins with the preset
