@@ -158,7 +158,7 @@ def ask(lm, args, records, drafts):
     """Step 2: sub-questions, and `p_refine`, the probability that the draft has to be refined (paper, section 3.2).
 
     `p_refine` is Yes against No behind "Refine:", which is put behind the sub-questions. Its odds are multiplied by
-    `lm.prior_odds`: training balances both classes, this puts the share of wrong drafts back.
+    `lm.prior_odds`: training balances both classes, this puts the share of wrong samples back.
     """
     shots = [(ask_prompt(e, e["draft"]), ask_target(
         subquestions_of(e), not is_correct(args.task, e["draft"], e["answer"]))) for e in lm.exemplars]
@@ -601,7 +601,8 @@ def add_training_flags(often, seldom, which):
     """How an adapter is trained."""
     what = "examples" if which == "asker" else "questions"
     often(f"--{which}-model", metavar="MODEL", help="base model, a folder or Hub id (default by preset)")
-    often("--overwrite", action="store_true", help="delete what was trained in this run before, and train anew")
+    often("--overwrite", action="store_true",
+          help="delete what this run trained before, and what started from it; train anew")
     seldom("--adapter-bits", type=int, default=4, choices=(4, 16, 32),
            help="precision of the frozen weights in bits (default 4: nf4)")
     seldom("--lr", type=float, help="peak learning rate (default by preset; 2e-4 is QLoRA's for 7B and 13B)")

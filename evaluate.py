@@ -83,33 +83,33 @@ STAGES = {  # name: the model that is asked, the step, the stages it reads, wher
     "trust": ("truster", art.trust, ("draft", "refined"), ("trust", "truster")),
     "cheap": (None, cheap_gate, ("draft",), ("ask", "cheap")),  # no model: a regression on words and numbers
 }
-# Name: who decides to refine the draft, what then stands in its place, who chooses between the two ("newest": nobody,
-# the refinement stands). This applies the rules of art.ask_refine_trust to outputs that are there already.
+# Name: who decides to refine the draft, what then stands in its place, who chooses between the two ("refinement":
+# nobody, it stands). This applies the rules of art.ask_refine_trust to outputs that are there already.
 DEFAULT_ROWS = {
-    "initial": ("never", "draft", "newest"),
-    "self_refine": ("ask_self", "refined_self", "newest"),
-    "refine_always": ("always", "refined", "newest"),
-    "asker": ("ask", "refined", "newest"),
+    "initial": ("never", "draft", "refinement"),
+    "self_refine": ("ask_self", "refined_self", "refinement"),
+    "refine_always": ("always", "refined", "refinement"),
+    "asker": ("ask", "refined", "refinement"),
     "art": ("ask", "refined", "trust"),
-    "random_gate": ("random", "refined", "newest"),  # as many as row asker refines: the mean over all such choices
-    "oracle_gate": ("oracle", "refined", "newest"),  # oracle: looks at the gold answer, an upper bound
+    "random_gate": ("random", "refined", "refinement"),  # as many as row asker refines: the mean over all such choices
+    "oracle_gate": ("oracle", "refined", "refinement"),  # oracle: looks at the gold answer, an upper bound
     "asker_oracle": ("ask", "refined", "oracle"),  # art with a perfect Truster, at the same threshold
     "oracle_choice": ("always", "refined", "oracle"),  # as right as oracle_gate, at the cost of refining all
 }
 ROWS = DEFAULT_ROWS | {
     "always_truster": ("always", "refined", "trust"),
     "art_untuned": ("ask at 0.5", "refined", "trust"),  # the paper's rule, the likelier word: nothing is set on dev
-    "cheap_gate": ("cheap", "refined", "newest"),
-    "self_refine_plain": ("ask_self", "refined_plain", "newest"),
-    "asker_plain": ("ask", "refined_plain", "newest"),
+    "cheap_gate": ("cheap", "refined", "refinement"),
+    "self_refine_plain": ("ask_self", "refined_plain", "refinement"),
+    "asker_plain": ("ask", "refined_plain", "refinement"),
     "asker_self": ("ask", "refined", "trust_self"),
     "logprob_choice": ("ask", "refined", "logprob"),  # the text with the higher log-probability in sum
-    "gold_questions": ("always", "refined_gold", "newest"),  # an upper bound, too
-    "majority": ("always", "majority", "newest"),  # the next three choose among k samples
-    "weighted_vote": ("always", "weighted_vote", "newest"),
-    "best_of_k": ("always", "best_of_k", "newest"),
-    "finetuned": ("always", "finetuned", "newest"),  # stage 1 of the Asker: the small model answers alone
-    "end_to_end": ("always", "end_to_end", "newest"),
+    "gold_questions": ("always", "refined_gold", "refinement"),  # an upper bound, too
+    "majority": ("always", "majority", "refinement"),  # the next three choose among k samples
+    "weighted_vote": ("always", "weighted_vote", "refinement"),
+    "best_of_k": ("always", "best_of_k", "refinement"),
+    "finetuned": ("always", "finetuned", "refinement"),  # stage 1 of the Asker: the small model answers alone
+    "end_to_end": ("always", "end_to_end", "refinement"),
 }
 GROUPS = {"the paper's rows": ("initial", "self_refine", "refine_always", "asker", "art"),
           "controls": (*(row for row in ROWS if row not in (*DEFAULT_ROWS, "gold_questions")), "random_gate"),
@@ -205,7 +205,7 @@ class Outputs:
 
     def takes(self, chooses, candidate):
         """Would this chooser take the refinement? Array (n,) of bool."""
-        if chooses == "newest":
+        if chooses == "refinement":
             return np.ones(len(self.records), bool)
         if chooses == "oracle":
             return self.right(candidate) & ~self.right("draft")
@@ -226,6 +226,7 @@ class Outputs:
         p, threshold = self.column(stage, "p_refine"), float(threshold) if threshold else self.args.threshold
         if threshold is None:
             chooser = "trust" if chooses == "oracle" else chooses  # gold may choose, but not move a threshold
+            # +1 for a wrong draft made right, -1 for a right one made wrong, 0 where the draft is kept
             gain = (self.right(candidate).astype(int) - initial) * self.takes(chooser, candidate)
             threshold = best_threshold(p[self.dev], gain[self.dev])
         return p >= threshold, (p >= threshold) & takes, threshold
@@ -375,8 +376,11 @@ def table(results):
 def sentences(results):
     """What the table says, a line each."""
     rows = {row["row"]: row for row in results["rows"]}
-    lines = [f"{results['n']:,} test questions; thresholds set on {results['n_dev']:,} others (dev). Mended, broken: "
-             "wrong drafts made right, right drafts made wrong. Tokens: read and written by all models, a question."]
+    given, n_dev = results["threshold"], results["n_dev"]
+    lines = [f"{results['n']:,} test questions; thresholds "
+             + (f"set on {n_dev:,} others (dev)" if given is None else f"given: {given}")
+             + ". Mended, broken: wrong drafts made right, right drafts made wrong. Tokens: read and written by all "
+             "models, a question."]
     if {"initial", "self_refine", "art"} <= rows.keys():
         a, b = rows["art"]["vs_initial"], rows["art"]["vs_self_refine"]
         lines.append(f"ART gains {a['delta']:+.1%} over the draft (p = {a['p']:.2g}) and {b['delta']:+.1%} over "
@@ -520,6 +524,7 @@ def summary(outputs, figures, lacking):
     wrong = ~outputs.right("draft")[test]
     results = {
         "task": args.task, "llm": args.model, "n": len(wrong), "n_dev": outputs.dev.stop, "seed": args.seed,
+        "threshold": args.threshold,
         "settings": {key: getattr(args, key) for key in art.LLM_KEYS if hasattr(args, key)},
         "rows": list(figures.values()), "lacking": lacking,
         "auc": {name: art.auc(outputs.column(stage, "p_refine")[test], wrong) for name, stage in (

@@ -141,8 +141,8 @@ def main():
     train_set = [record for record in train_set if record.get("solution")]
     print(f"[2/5] the Asker learns from the samples of {len(train_set):,} questions")
     asked, drafts = load_subquestions(args, train_set), drafts_of(train_set, samples)
-    # generated sub-questions do not go with the steps of a solution one by one
-    strategy = "cot" if args.subquestions == "generated" else "decomp"
+    # stage 1 writes sub-questions only where they are gold: generated ones do not go with the steps one by one
+    strategy = "decomp" if args.subquestions == "gold" else "cot"
     if args.task_epochs:
         train(run, "finetuned", train_set, task_examples(train_set, tokenizer, strategy), args.task_epochs,
               followers=("asker", "end_to_end"), strategy=strategy)

@@ -16,24 +16,24 @@ import evaluate
 # What each row means: who decides, what stands in the draft's place, who chooses; the stages whose tokens are always
 # spent, and those that only a refined question costs.
 MEANING = {
-    "initial": ("never", "draft", "newest", "draft", ""),
-    "self_refine": ("ask_self", "refined_self", "newest", "draft ask_self", "refined_self"),
-    "refine_always": ("always", "refined", "newest", "draft ask refined", ""),
-    "asker": ("ask", "refined", "newest", "draft ask", "refined"),
+    "initial": ("never", "draft", "refinement", "draft", ""),
+    "self_refine": ("ask_self", "refined_self", "refinement", "draft ask_self", "refined_self"),
+    "refine_always": ("always", "refined", "refinement", "draft ask refined", ""),
+    "asker": ("ask", "refined", "refinement", "draft ask", "refined"),
     "art": ("ask", "refined", "trust", "draft ask", "refined trust"),
-    "oracle_gate": ("oracle", "refined", "newest", "draft", "ask refined"),
+    "oracle_gate": ("oracle", "refined", "refinement", "draft", "ask refined"),
     "asker_oracle": ("ask", "refined", "oracle", "draft ask", "refined"),
     "oracle_choice": ("always", "refined", "oracle", "draft ask refined", ""),
-    "gold_questions": ("always", "refined_gold", "newest", "draft refined_gold", ""),
+    "gold_questions": ("always", "refined_gold", "refinement", "draft refined_gold", ""),
     "always_truster": ("always", "refined", "trust", "draft ask refined trust", ""),
     "art_untuned": ("ask", "refined", "trust", "draft ask", "refined trust"),
-    "cheap_gate": ("cheap", "refined", "newest", "draft", "ask refined"),
-    "self_refine_plain": ("ask_self", "refined_plain", "newest", "draft ask_self", "refined_plain"),
-    "asker_plain": ("ask", "refined_plain", "newest", "draft ask", "refined_plain"),
+    "cheap_gate": ("cheap", "refined", "refinement", "draft", "ask refined"),
+    "self_refine_plain": ("ask_self", "refined_plain", "refinement", "draft ask_self", "refined_plain"),
+    "asker_plain": ("ask", "refined_plain", "refinement", "draft ask", "refined_plain"),
     "asker_self": ("ask", "refined", "trust_self", "draft ask", "refined trust_self"),
     "logprob_choice": ("ask", "refined", "logprob", "draft ask", "refined"),
-    "finetuned": ("always", "finetuned", "newest", "finetuned", ""),
-    "end_to_end": ("always", "end_to_end", "newest", "end_to_end", ""),
+    "finetuned": ("always", "finetuned", "refinement", "finetuned", ""),
+    "end_to_end": ("always", "end_to_end", "refinement", "end_to_end", ""),
 }
 
 
@@ -69,7 +69,7 @@ def slow(outputs, row, threshold, part):
         p = at[decides]["p_refine"] if decides in at else None
         refine = {"never": False, "always": True, "oracle": not right["draft"]}.get(decides, p is not None and
                                                                                     p >= (threshold or 0))
-        better = {"newest": True, "oracle": right[stage] > right["draft"],
+        better = {"refinement": True, "oracle": right[stage] > right["draft"],
                   "logprob": at[stage].get("logprob", 0) > at["draft"]["logprob"]}.get(chooses)
         if better is None:
             better = at[chooses]["refined"] > at[chooses]["draft"]
