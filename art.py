@@ -401,6 +401,10 @@ class UserError(Exception):
     """Something the user can mend; its text is the one line they see."""
 
 
+class NotTrained(UserError):
+    """An adapter is not there, or not finished."""
+
+
 def read_jsonl(path, mend):
     """The records of a JSONL file; `mend` says where it comes from."""
     if not Path(path).is_file():
@@ -548,7 +552,7 @@ PRESETS = {
 }
 DEFAULTS = {"bits": 4, "chat": "auto", "strategy": "cot", "facts": "refine", "show_draft": "no", "temperature": 0.7,
             "draft_temperature": 0.0, "sample_seed": 0}
-LLM_KEYS = ["preset", "model", "base_url", "k", "shots", "max_new_tokens", *DEFAULTS]  # kept in llm.json
+LLM_KEYS = ["preset", "model", "base_url", "k", "limit_train", "shots", "max_new_tokens", *DEFAULTS]  # kept in llm.json
 
 
 def make_parser(doc, training=None):
@@ -670,15 +674,20 @@ class Run:
         other = getattr(self.args, "truster_from" if name == "truster" else "asker_from", None)
         return self.task / (other or self.args.run) / name
 
-    def about(self, name):
-        """args.json of a finished adapter: what made it, and its figures."""
-        path, script = self.adapter(name) / "args.json", "truster" if name == "truster" else "asker"
+    def trained(self, name):
+        """args.json of an adapter: what made it, and its figures; {} if it is not finished."""
+        path = self.adapter(name) / "args.json"
         about = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        if "steps" not in about:
-            flags = {"finetuned": " --task-epochs 1", "end_to_end": " --end-to-end"}.get(name, "")
-            raise UserError(f"no trained adapter in {path.parent}: make it with: python train_{script}.py "
-                            f"--task {self.args.task} --run {path.parent.parent.name}{flags}")
-        return about
+        return about if "steps" in about else {}
+
+    def about(self, name):
+        """args.json of an adapter that has to be finished."""
+        if about := self.trained(name):
+            return about
+        folder, script = self.adapter(name), "truster" if name == "truster" else "asker"
+        flags = {"finetuned": " --task-epochs 1", "end_to_end": " --end-to-end"}.get(name, "")
+        raise NotTrained(f"no trained adapter in {folder}: make it with: python train_{script}.py "
+                         f"--task {self.args.task} --run {folder.parent.name}{flags}")
 
     def model(self, name, label=None):
         """The LLM ("llm"), or the model with that adapter; `label` says what it is asked for."""
@@ -877,7 +886,7 @@ class Cache:
     """What a model said: an append-only JSONL file. An output is found again by what was really asked.
 
     The key is (id of the settings, hash of the prompt as the model reads it, number of the sample). The settings hold
-    the hash of the weights; each stands once in the file, in a line {"settings": id, "are": {...}}.
+    the hash of the weights; each stands in the file before its outputs, in a line {"settings": id, "are": {...}}.
     """
 
     def __init__(self, path, fresh=False):
@@ -1126,15 +1135,15 @@ def announce_needs(models, **sizes):
         try:
             about = huggingface_hub.HfApi().model_info(name, files_metadata=True, timeout=10)
             config = json.loads(Path(huggingface_hub.hf_hub_download(name, "config.json")).read_text("utf-8"))
-        except Exception:  # no network, no such model: loading will say it, if it is not in the cache
+            files = {file.rfilename: file.size or 0 for file in about.siblings
+                     if re.fullmatch(r"model[\w.-]*\.safetensors|[\w.-]+\.(json|model|txt|jinja)", file.rfilename)}
+            download += sum(size for file, size in files.items()
+                            if not isinstance(huggingface_hub.try_to_load_from_cache(name, file), str))
+            weights = sum(size for file, size in files.items() if file.endswith(".safetensors")) / 2  # in 16 bits
+            parameters = about.safetensors.total if about.safetensors else weights
+            gib = max(gib, memory_gib(config, parameters, models[name], **sizes))
+        except Exception:  # no network, no such model (loading will say it), or a config with other names
             return
-        files = {file.rfilename: file.size or 0 for file in about.siblings
-                 if re.fullmatch(r"model[\w.-]*\.safetensors|[\w.-]+\.(json|model|txt|jinja)", file.rfilename)}
-        download += sum(size for file, size in files.items()
-                        if not isinstance(huggingface_hub.try_to_load_from_cache(name, file), str))
-        weights = sum(size for file, size in files.items() if file.endswith(".safetensors")) / 2  # in 16 bits
-        parameters = about.safetensors.total if about.safetensors else weights
-        gib = max(gib, memory_gib(config, parameters, models[name], **sizes))
     if names:
         print(f"{', '.join(names)}: about {gib:.0f} GiB of GPU memory, {download / 1e9:.1f} GB to download", flush=True)
 
@@ -1430,7 +1439,7 @@ class Endpoint:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # one's own server needs no key
         self.client = openai.OpenAI(base_url=args.base_url, api_key=self.key, max_retries=5, timeout=300)
         self.silent = "none" in (args.temperature, args.draft_temperature)  # some models refuse the parameter
-        self.logprobs, self.rejected = True, 0
+        self.logprobs, self.answered, self.rejected, self.refusal = True, False, 0, ""
 
     def answers(self, items, settings, missing):
         """As `Local.answers`, one answer at a time, in the order in which they come."""
@@ -1441,10 +1450,12 @@ class Endpoint:
                      for name, (prompt, numbers) in items.items() for number in numbers if (name, number) in missing}
             for done in as_completed(asked):
                 try:
-                    output, self.rejected = done.result(), 0
+                    output, self.answered, self.rejected = done.result(), True, 0
                 except self.openai.OpenAIError as error:
                     output = self.failed(error)
                 yield {asked[done]: output}
+            if asked and not self.answered:
+                raise UserError(self.refusal)
         finally:  # after an error or Ctrl-C nothing more is asked
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -1452,11 +1463,12 @@ class Endpoint:
         """One question that is too long or not allowed counts as failed; whatever else goes wrong ends the run."""
         text = " ".join(str(error).split()).replace(self.key, "...")[:300]
         self.rejected += 1
-        if "temperature" in text:
+        if re.search("temperature['\"]? (?:is|does) not", text):
             raise UserError("the server refuses the temperature: give --temperature none --draft-temperature none")
+        self.refusal = (f"the server says: {text}; what is finished is kept, the same command goes on. Check "
+                        "--base-url (most end in /v1), --model, --chat and OPENAI_API_KEY")
         if not isinstance(error, self.openai.BadRequestError) or self.rejected == 10:
-            raise UserError(f"the server says: {text}; what is finished is kept, the same command goes on. Check "
-                            "--base-url (most end in /v1), --model, --chat and OPENAI_API_KEY") from None
+            raise UserError(self.refusal) from None
         print(f"the server rejected a question: {text}", file=sys.stderr)
         return failed_output()
 
@@ -1530,6 +1542,7 @@ class Endpoint:
 # --- QLoRA. The loop is transformers.Trainer's.
 
 
+@enough_memory("this training does not fit: take a smaller model, or --adapter-bits 4")
 def add_lora(model, task_type, rank, start=None, seed=0):
     """LoRA on all linear layers of a frozen base; adapters and head in fp32. `start`: an adapter to go on from."""
     import peft
@@ -1602,6 +1615,10 @@ def make_trainer(model, examples, collate, loss, args, folder, steps):
     class Trainer(transformers.Trainer):
         loss_is_scaled_for_ga = True  # batches of a step differ in size: divided by the examples of a step
         parts, reported = {}, 0
+
+        def _load_scaler(self, checkpoint):
+            if self.accelerator.scaler is not None:  # else fp16 goes on as fp32, which needs none
+                super()._load_scaler(checkpoint)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             per_step = args.batch_size * args.accumulate
@@ -1686,7 +1703,7 @@ def train_adapter(run, name, base, records, examples, functions, fine_tune, foll
                 shutil.rmtree(old, ignore_errors=True)
         then = json.loads(path.read_text("utf-8")) if path.is_file() else now
         same = {"code"}
-        if then["batch_size"] * then["accumulate"] == now["batch_size"] * now["accumulate"]:
+        if then.get("batch_size", 0) * then.get("accumulate", 0) == now["batch_size"] * now["accumulate"]:
             same |= {"batch_size", "accumulate"}  # the same steps in less memory
         differ = [f"{key} ({then.get(key)} then, {value} now)" for key, value in now.items()
                   if key not in same and then.get(key) != value]

@@ -339,7 +339,7 @@ def make_rows(outputs, wanted, kept):
                 about, verdicts = make_row(outputs, row)
         except art.Missing as stage:
             lacking[row] = f"its answers ({stage}) are not those of today's settings: ask them with --rows {row}"
-        except art.UserError as error:  # with --rows all what needs an adapter that nobody trained may be left out
+        except art.NotTrained as error:  # with --rows all what needs an adapter that nobody trained may be left out
             if row in wanted and not (args.rows == "all" and row in TEST_ALONE):
                 raise
             lacking[row] = str(error)
@@ -483,7 +483,7 @@ def paired(args, first, second):
     name = f"right.{args.row}"
     if list(first["id"]) != list(second["id"]):
         raise art.UserError("the runs are not on the same test questions: a paired difference needs that")
-    if name not in first or name not in second:
+    if any(name not in run or None in list(run[name]) for run in (first, second)):
         raise art.UserError(f"row {args.row} is not in both runs: add it with evaluate.py --rows {args.row}")
     difference = compare(second[name], first[name], args.seed)
     return "\n{}, {} against {}: {:+.1%} ({:+.1%} to {:+.1%}), exact McNemar p = {:.3g}, n = {:,}".format(
@@ -530,8 +530,8 @@ def summary(outputs, figures, lacking):
         "auc": {name: art.auc(outputs.column(stage, "p_refine")[test], wrong) for name, stage in (
             ("Asker", "ask"), ("the LLM itself", "ask_self"), ("cheap gate", "cheap")) if stage in outputs.known},
         "machines": sorted(set().union(*(model.machines for model in run.models.values()))),
-        "training": {name: run.about(name) for name in ("asker", "truster", "finetuned", "end_to_end")
-                     if (run.adapter(name) / "args.json").is_file()},
+        "training": {name: about for name in ("asker", "truster", "finetuned", "end_to_end")
+                     if (about := run.trained(name))},
         **art.provenance()}
     if "refined" in outputs.known and rates(outputs, outputs.dev) and rates(outputs, test):
         results["rates"] = {"dev": rates(outputs, outputs.dev), "test": rates(outputs, test)}
@@ -545,8 +545,8 @@ def main():
     run = art.Run(args)
     dev, test = art.load_split(args, "dev"), art.load_split(args, "test")
     refuse_leaks(run, test)
-    adapters = [run.about(name) for name in ("asker", "truster") if (run.adapter(name) / "args.json").is_file()]
-    models = {about["model"]: about["bits"] for about in adapters} | ({} if args.base_url else {args.model: args.bits})
+    models = {about["model"]: about["bits"] for name in ("asker", "truster") if (about := run.trained(name))}
+    models |= {} if args.base_url else {args.model: args.bits}
     art.announce_needs(models, kv_gib=args.kv_gib)
     print(f"[4/5] {len(dev):,} questions of dev and {len(test):,} of test through the steps", flush=True)
     path = run.folder / "results.json"

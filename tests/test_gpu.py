@@ -182,6 +182,9 @@ def test_needs_are_said_before_anything_is_downloaded(monkeypatch, tmp_path, cap
     hub.try_to_load_from_cache = lambda *name: "there"
     art.announce_needs({"Qwen/Qwen2.5-1.5B": 16}, tokens=4096, learned=2048)
     assert "about 9 GiB of GPU memory, 0.0 GB to download" in capsys.readouterr().out
+    art.write(tmp_path / "config.json", {"n_embd": 768, "n_layer": 12})  # GPT-2's names
+    art.announce_needs({"gpt2": 16})
+    assert capsys.readouterr().out == ""
     hub.HfApi = raises(OSError("no network"))
     art.announce_needs({"Qwen/Qwen2.5-1.5B": 4})
     assert capsys.readouterr().out == ""

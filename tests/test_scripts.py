@@ -89,6 +89,16 @@ def test_mistakes(copy, monkeypatch, capsys, tmp_path, command, said):
     assert said in refused(monkeypatch, capsys, copy, *command)
 
 
+def test_an_adapter_that_is_not_finished(copy, monkeypatch, capsys):
+    """It hinders no row that does not need it, and a training that knows less of it is refused."""
+    art.write(copy.runs / "toy/default/end_to_end/args.json", {"lr": 1.0})
+    art.write(copy.runs / "toy/b/asker/args.json", {"lr": 1.0})
+    copy.here(monkeypatch, "evaluate")
+    copy.here(monkeypatch, "evaluate", "--run", "b", "--rows", "initial")
+    assert "was trained otherwise: " in refused(
+        monkeypatch, capsys, copy, "train_asker", "--run", "b", "--task-epochs", "0")
+
+
 LINES = {  # the second line of test.jsonl, and what is said of it
     '{"id": "x", ': "test.jsonl, line 2: not a JSON object", "[1]": "line 2: not a JSON object",
     '{"id": "x", "question": "\\ud800", "answer": "1"}': "line 2: not a JSON object",  # half a character

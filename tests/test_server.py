@@ -191,11 +191,12 @@ def test_a_question_that_is_refused_has_failed(llm_at, capsys, order):
         assert len(server.asked) == before + 1
 
 
-def test_many_refused_questions_end_the_run(llm_at):
-    """Not the questions are to blame, but the request."""
-    with Server(lambda number, body: number > 1 and (400, {"error": {"message": "no more today"}})) as server:
+@pytest.mark.parametrize(("answered", "questions"), [(1, 20), (0, 3)])
+def test_many_refused_questions_end_the_run(llm_at, answered, questions):
+    """Ten in a row, or all of a few: not the questions are to blame, but the request."""
+    with Server(lambda number, body: number > answered and (400, {"error": {"message": "no more today"}})) as server:
         with pytest.raises(art.UserError, match="no more today"):
-            predict(llm_at(server, concurrency=1), *(f"How many, {i}?" for i in range(20)))
+            predict(llm_at(server, concurrency=1), *(f"How many, {i}?" for i in range(questions)))
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
