@@ -49,6 +49,7 @@ if sys.platform == "linux":  # torch reads it when it is imported: keys and valu
 #     lm.generate(prompts, max_new_tokens, stop)     k outputs each: {"text", "stopped", "tokens", "logprob", ...}
 #     lm.choose(prompts, before, options)            an output each: {"p": probability of the first of two words}
 #     truster.score(texts)                           an output each: {"score"}
+# and lm.chat, lm.exemplars (shots); of a trained adapter, from its args.json, lm.strategy and lm.prior_odds.
 # ======================================================================================================================
 
 # What a chat model is told behind the question; a base model is shown exemplars instead.
@@ -241,7 +242,8 @@ def trust_self(lm, args, records, drafts, refined):
 def ask_refine_trust(run, records, threshold):
     """The paper's loop: {"draft", "asked", "refined", "trust", "final"} for each record, as far as it got.
 
-    evaluate.py asks every step about every question instead, and applies the two rules below to the outputs.
+    `solve` uses it. For the table evaluate.py asks every step about every question instead, and applies the same two
+    rules to the outputs.
     """
     llm, args = run.model("llm"), run.args
     drafts = predict(llm, args, records, args.draft_temperature)

@@ -244,6 +244,7 @@ def stages_of(*names):
 def cost(outputs, row, refine):
     """Tokens of each question: every step up to the decision, and behind it those for what is refined."""
     decides, candidate, chooses = ROWS[row]
+    # always: the draft is paid for only where the candidate reads it
     before = set() if decides == "always" else stages_of("draft", decides.partition(" at ")[0])
     return outputs.tokens(before) + refine * outputs.tokens(stages_of(candidate, chooses) - before)
 
@@ -331,7 +332,7 @@ def make_rows(outputs, wanted, kept):
     figures, right, lacking, args = {}, {}, {}, outputs.args
     rows = [row for row in ROWS if row in wanted or row in kept]
     for row in sorted(rows, key=lambda row: (row in VOTES, row not in wanted)):  # a vote may cost what art costs
-        outputs.run.offline = row not in wanted
+        outputs.run.offline = row not in wanted  # kept rows come from the cache alone
         try:
             if row in VOTES:
                 about, verdicts = vote_row(outputs, row, figures["art"]["tokens"] if "art" in figures else math.inf)

@@ -13,7 +13,10 @@ import art
 
 
 def encode(tokenizer, prompt, target, weight=0.0):
-    """An example: `target` is learned. With `weight` its last word, the decision, is a term of its own."""
+    """An example: `target` is learned. With `weight` its last word, the decision, is a term of its own.
+
+    That word, Yes or No, is one token: `Local.choose` asserts it.
+    """
     target = tokenizer(target, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     return {"input_ids": tokenizer(prompt)["input_ids"] + target, "target": len(target), "weight": weight}
 
