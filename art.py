@@ -1600,11 +1600,11 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
             "peak_memory": peak_memory()}
 
 
-def make_trainer(model, examples, collate, loss, args, folder, steps):
-    """transformers.Trainer with a loss of named parts, which it prints; it stops where one of them is not finite."""
+def training_arguments(args, folder, steps, dtype):
+    """How transformers.Trainer trains, saves and logs."""
     import torch
     import transformers
-    cuda, dtype = torch.cuda.is_available(), model.get_input_embeddings().weight.dtype
+    cuda = torch.cuda.is_available()
     settings = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=steps, learning_rate=args.lr, lr_scheduler_type="cosine", warmup_steps=0.05,
         per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulate, optim="adamw_torch",
@@ -1613,6 +1613,12 @@ def make_trainer(model, examples, collate, loss, args, folder, steps):
         save_total_limit=1, logging_steps=math.gcd(10, args.save_steps), logging_nan_inf_filter=False,
         disable_tqdm=True, remove_unused_columns=False, include_num_input_tokens_seen="non_padding")
     settings._n_gpu = min(settings.n_gpu, 1)  # DataParallel knows no 4-bit weights
+    return settings
+
+
+def make_trainer(model, examples, collate, loss, args, folder, steps):
+    """transformers.Trainer with a loss of named parts, which it prints; it stops where one of them is not finite."""
+    import transformers
 
     class Trainer(transformers.Trainer):
         loss_is_scaled_for_ga = True  # batches of a step differ in size: divided by the examples of a step
@@ -1646,7 +1652,8 @@ def make_trainer(model, examples, collate, loss, args, folder, steps):
                 print(f"step {step}/{steps}  {said}{coin}", flush=True)
             return means
 
-    trainer = Trainer(model, settings, collate, examples)
+    dtype = model.get_input_embeddings().weight.dtype
+    trainer = Trainer(model, training_arguments(args, folder, steps, dtype), collate, examples)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 

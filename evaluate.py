@@ -114,6 +114,7 @@ ROWS = DEFAULT_ROWS | {
 GROUPS = {"the paper's rows": ("initial", "self_refine", "refine_always", "asker", "art"),
           "controls": (*(row for row in ROWS if row not in (*DEFAULT_ROWS, "gold_questions")), "random_gate"),
           "upper bounds, which look at gold": ("oracle_gate", "asker_oracle", "oracle_choice", "gold_questions")}
+ADAPTERS = ("asker", "truster", "finetuned", "end_to_end")
 VOTES = ("majority", "weighted_vote", "best_of_k")
 TEST_ALONE = {"finetuned", "end_to_end"}  # stages without a threshold, so nobody asks them about dev
 
@@ -225,9 +226,10 @@ class Outputs:
         stage, _, threshold = decides.partition(" at ")
         p, threshold = self.column(stage, "p_refine"), float(threshold) if threshold else self.args.threshold
         if threshold is None:
-            chooser = "trust" if chooses == "oracle" else chooses  # gold may choose, but not move a threshold
+            # gold may choose, but not move a threshold
+            without_gold = self.takes("trust", candidate) if chooses == "oracle" else takes
             # +1 for a wrong draft made right, -1 for a right one made wrong, 0 where the draft is kept
-            gain = (self.right(candidate).astype(int) - initial) * self.takes(chooser, candidate)
+            gain = (self.right(candidate).astype(int) - initial) * without_gold
             threshold = best_threshold(p[self.dev], gain[self.dev])
         return p >= threshold, (p >= threshold) & takes, threshold
 
@@ -511,7 +513,7 @@ def parse_args():
 
 def refuse_leaks(run, test):
     """Adapters that were trained on questions of test would make the table worthless."""
-    for name in ("finetuned", "asker", "end_to_end", "truster"):
+    for name in ADAPTERS:
         path = run.adapter(name) / "questions.txt"
         seen = set(path.read_text("utf-8").split()) if path.is_file() else set()
         if leaked := [record["id"] for record in test if art.question_hash(record) in seen]:
@@ -531,11 +533,11 @@ def summary(outputs, figures, lacking):
         "auc": {name: art.auc(outputs.column(stage, "p_refine")[test], wrong) for name, stage in (
             ("Asker", "ask"), ("the LLM itself", "ask_self"), ("cheap gate", "cheap")) if stage in outputs.known},
         "machines": sorted(set().union(*(model.machines for model in run.models.values()))),
-        "training": {name: about for name in ("asker", "truster", "finetuned", "end_to_end")
-                     if (about := run.trained(name))},
+        "training": {name: about for name in ADAPTERS if (about := run.trained(name))},
         **art.provenance()}
-    if "refined" in outputs.known and rates(outputs, outputs.dev) and rates(outputs, test):
-        results["rates"] = {"dev": rates(outputs, outputs.dev), "test": rates(outputs, test)}
+    if "refined" in outputs.known:
+        both = {"dev": rates(outputs, outputs.dev), "test": rates(outputs, test)}
+        results |= {"rates": both} if all(both.values()) else {}
     return results
 
 
