@@ -1593,11 +1593,12 @@ def fine_tune(model, examples, collate, loss, args, folder, epochs):
         trainer.report()
     model.save_pretrained(folder)
     history, names = trainer.state.log_history, ("step", "text", "decision", "pairs")
+    clock = [entry["train_runtime"] for entry in history if "train_runtime" in entry]  # each start begins at 0
     return {"steps": steps, "trained_on": len(examples), "tokens": trainer.state.num_input_tokens_seen,
             "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
             "curve": [{name: entry[name] for name in names if name in entry} for entry in history if "loss" in entry],
-            "seconds": sum(entry.get("train_runtime", 0.0) for entry in history), "resumed_at": last[0] if last else 0,
-            "peak_memory": peak_memory()}
+            "seconds": sum(now for now, after in zip(clock, [*clock[1:], 0.0]) if after < now),
+            "resumed_at": last[0] if last else 0, "peak_memory": peak_memory()}
 
 
 def training_arguments(args, folder, steps, dtype):

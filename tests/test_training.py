@@ -147,8 +147,10 @@ def test_killed_and_resumed_equals_uninterrupted(copy, monkeypatch, capsys, scri
     What only fp16 has in its checkpoints does not hinder.
     """
     names, flags = LONG[script]
-    flags = [*flags, "--save-steps", "1"]
+    flags, began = [*flags, "--save-steps", "1"], time.time()
     copy.here(monkeypatch, script, *flags, "--run", "whole")
+    abouts = [json.loads((copy.runs / "toy/whole" / name / "args.json").read_text()) for name in names]
+    assert 0 < sum(about["seconds"] for about in abouts) < time.time() - began
     process, folder = copy.start(script, *flags, "--run", "killed"), copy.runs / "toy/killed" / names[0]
     while not art.last_checkpoint(folder / "checkpoints"):
         assert process.poll() is None, process.stderr.read()
