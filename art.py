@@ -619,6 +619,8 @@ def add_training_flags(often, seldom, which):
     seldom("--max-length", type=positive, metavar="N", help="tokens; longer examples are left out, never cut")
     seldom("--save-steps", type=positive, metavar="N", help="steps between checkpoints")
     seldom("--report-to", default="none", metavar="TRACKER", help="trackio, wandb or tensorboard (default none)")
+    seldom("--push", metavar="REPO", help="upload the trained adapter and a model card to this repository of the Hub; "
+                                          "a new one is private")
 
 
 def positive(text):
@@ -1726,6 +1728,30 @@ def train_adapter(run, name, base, records, examples, functions, fine_tune, foll
         write(folder / "questions.txt", "".join(question_hash(record) + "\n" for record in records))
         write(path, now)
         write(path, {**now, "model": base, **fine_tune(folder)})
+
+
+def push(run, name):
+    """Upload an adapter to the repository --push of the Hub, with a model card from its args.json."""
+    import huggingface_hub
+    args, about, folder = run.args, run.about(name), run.adapter(name)
+    header = huggingface_hub.ModelCardData(base_model=about["model"], library_name="peft", license="other",
+                                           license_name="that-of-the-base-model", tags=["art", "arxiv:2311.07961"])
+    settings = {key: value for key, value in about.items() if key not in ("code", "curve", "dev")}
+    write(folder / "README.md", "\n".join([
+        "---", header.to_yaml(), "---", f"# {name} of Ask, Refine, and Trust, for {args.task}", "",
+        f"A LoRA adapter of {about['model']}, trained on samples that an LLM gave to the questions of {args.task}.", "",
+        f"    {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}", "", "| on dev | |", "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in about.get("dev", {}).items()), "", "| setting | |", "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in settings.items()), "",
+        "The licence of the base model holds, and that of the data.", ""]))
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(args.push, private=True, exist_ok=True)
+        api.upload_folder(repo_id=args.push, folder_path=folder, ignore_patterns=["checkpoints/*", "questions.txt"])
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot push to {args.push}: {text}; log in with: hf auth login") from None
+    print(f"{folder} is in the repository {args.push}")
 
 
 def drop_long(examples, max_length):

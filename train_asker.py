@@ -150,8 +150,8 @@ def main():
         train(run, "finetuned", train_set, task_examples(train_set, tokenizer, strategy), args.task_epochs,
               followers=("asker", "end_to_end"), strategy=strategy)
     wrong = np.mean([not correct for *_, correct in drafts])
-    train(run, "end_to_end" if args.end_to_end else "asker", train_set,
-          ask_examples(drafts, asked, tokenizer, args.end_to_end), args.epochs,
+    name = "end_to_end" if args.end_to_end else "asker"
+    train(run, name, train_set, ask_examples(drafts, asked, tokenizer, args.end_to_end), args.epochs,
           "finetuned" if args.task_epochs else None, prior_odds=wrong / (1 - wrong))
     if not args.end_to_end:
         figures = dev_figures(run, dev, samples)
@@ -159,6 +159,8 @@ def main():
         print(f"{run.folder / 'asker'}: on {figures['n']:,} drafts of dev, {figures['wrong_drafts']:.1%} wrong, AUC "
               f"{art.show(figures['auc'], '.3f')}; {figures['right_decisions']:.1%} of the decisions at 0.5 right; "
               f"gold sub-questions word for word {figures['gold_subquestions']:.1%}")
+    if args.push:
+        art.push(run, name)
     art.log_start(run)
 
 

@@ -94,6 +94,8 @@ def main():
     folder = run.folder / "truster"
     art.write(folder / "args.json", {**run.about("truster"), "dev": figures})
     print(f"{folder}: {art.show(figures['right_pairs'])} of {figures['pairs']:,} right/wrong pairs of dev in order")
+    if args.push:
+        art.push(run, "truster")
     art.log_start(run)
 
 

@@ -257,3 +257,27 @@ def test_nothing_to_learn(copy, monkeypatch, capsys):
     art.write(path, [{**row, "samples": [{**one, "correct": True} for one in row["samples"]]} for row in rows])
     assert "0 of" in (line := refused(monkeypatch, capsys, copy, "train_asker", "--run", "x")) and "--k 8" in line
     assert "needs 8 of them" in refused(monkeypatch, capsys, copy, "train_truster", "--run", "x")
+
+
+@pytest.mark.parametrize("script, adapter", [("train_asker", "asker"), ("train_truster", "truster")])
+def test_push(copy, monkeypatch, capsys, script, adapter):
+    """The adapter and its card go to the Hub, what is private stays; what the Hub refuses is one line."""
+    import huggingface_hub
+    sent = {}
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, **settings: sent.update(settings))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **settings: sent.update(settings))
+    copy.here(monkeypatch, script, "--push", "me/mine")
+    folder = copy.runs / "toy/default" / adapter
+    assert (sent["repo_id"], sent["folder_path"], sent["private"]) == ("me/mine", folder, True)
+    assert "questions.txt" in sent["ignore_patterns"]
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "data/toy/base" and "--push me/mine" in card.text
+    assert f"| seed | {json.loads((folder / 'args.json').read_text())['seed']} |" in card.text
+
+    def refuse(self, repo, **settings):
+        raise ValueError("no token")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(SystemExit):
+        copy.here(monkeypatch, script, "--push", "me/mine")
+    assert "cannot push to me/mine: no token; log in with: hf auth login" in capsys.readouterr().err
