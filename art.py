@@ -1262,10 +1262,9 @@ class Local:
 
     def set_budget(self, kv_gib):
         """Tokens of a batch: whose keys and values may be kept, and that are read at once where nothing is written."""
-        import torch
         config, dtype = self.base.config.get_text_config(), self.base.get_input_embeddings().weight.dtype
         self.budget = int(kv_gib * 2**30 / kv_bytes(config, dtype.itemsize))
-        self.reads = min(self.budget, 16_384) if torch.cuda.is_available() else self.budget  # a GPU has no swap
+        self.reads = min(self.budget, 16_384)  # what lies between the layers of an adapter is larger than its keys
 
     def answers(self, items, settings, missing):
         """Yield {(prompt's name, number): output} batch by batch. `items`: {name: (prompt, numbers)}.

@@ -1,0 +1,90 @@
+"""One solution of each exercise: the tests run them, so every expected value is true of the shipped runs."""
+
+import collections
+import math
+
+import numpy as np
+
+import art
+
+
+def mended_broken(right_before, right_after):
+    return int((~right_before & right_after).sum()), int((right_before & ~right_after).sum())
+
+
+def row_asker(p_refine, threshold, right_draft, right_refined):
+    return np.where(p_refine >= threshold, right_refined, right_draft).mean()
+
+
+def row_art(p_refine, threshold, score_draft, score_refined, right_draft, right_refined):
+    takes = (p_refine >= threshold) & (score_refined > score_draft)
+    return np.where(takes, right_refined, right_draft).mean()
+
+
+def gap_closed(right_draft, right_refined, right_art):
+    best = (right_draft | right_refined).mean()
+    return (right_art.mean() - right_draft.mean()) / (best - right_draft.mean())
+
+
+def area(p_refine, wrong_draft):
+    wrong, right = p_refine[wrong_draft], p_refine[~wrong_draft]
+    return np.mean([(w > r) + 0.5 * (w == r) for w in wrong for r in right])
+
+
+def calibration_error(p_refine, wrong_draft):
+    bins = np.minimum((p_refine * 10).astype(int), 9)
+    gaps = [(bins == b).mean() * abs(p_refine[bins == b].mean() - wrong_draft[bins == b].mean()) for b in set(bins)]
+    return sum(gaps)
+
+
+def sign_test(gained, lost):
+    n = gained + lost
+    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def least_net_gain(differing):
+    gains = [2 * gained - differing for gained in range(differing // 2, differing + 1)
+             if sign_test(gained, differing - gained) <= 0.05]
+    return min(gains, default=None)
+
+
+def refining_pays(right_draft, right_refined):
+    mending, breaking = right_refined[~right_draft].mean(), (~right_refined)[right_draft].mean()
+    return bool(mending / breaking > right_draft.mean() / (~right_draft).mean())
+
+
+def optimism(p_refine, right_draft, right_refined):
+    half = len(p_refine) // 2
+    first, second = ([column[part] for column in (p_refine, right_draft, right_refined)]
+                     for part in (slice(half), slice(half, None)))
+    thresholds = [*np.unique(first[0]), math.inf]
+    best = max(thresholds, key=lambda threshold: row_asker(first[0], threshold, *first[1:]))
+    return row_asker(first[0], best, *first[1:]) - row_asker(second[0], best, *second[1:])
+
+
+def same_answers(answers_draft, answers_refined):
+    return np.mean([a == b and a is not None for a, b in zip(answers_draft, answers_refined)])
+
+
+def majority(answers):
+    votes = collections.Counter(answer for answer in answers if answer is not None)
+    return max(votes, key=votes.get, default=None)
+
+
+def hinge(scores, correct, margin=1.0):
+    gaps = scores[correct][:, None] - scores[~correct][None, :]
+    return (margin - gaps).clamp(min=0).mean()
+
+
+def prior_back(p, share_wrong):
+    return p * share_wrong / (p * share_wrong + (1 - p) * (1 - share_wrong))
+
+
+def lora_weights(shapes, rank):
+    return sum(rank * (outputs + inputs) for outputs, inputs in shapes)
+
+
+def numbered(record, subquestions):
+    lines = [f"{number}. {line}" for number, line in enumerate(subquestions, 1)]
+    return art.question_block(record) + "\n".join(["Sub-questions:", *lines, "Revised answer:", ""])

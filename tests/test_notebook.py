@@ -1,0 +1,20 @@
+"""The lesson runs from its first to its last cell."""
+
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def test_lesson(tmp_path):
+    """With few questions; the cells for Colab and for a T4 are left out."""
+    cells = json.loads((ROOT / "art.ipynb").read_text("utf-8"))["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code" and not cell["metadata"].get("tags")]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    sizes = {"LIMIT": "40", "DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs"), "MPLBACKEND": "Agg"}
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | sizes, capture_output=True,
+                          text=True)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert (tmp_path / "runs/toy/default/results.json").is_file()
