@@ -39,7 +39,7 @@ def harness(args, name, records):
     with tempfile.TemporaryDirectory() as folder:
         task = local_task(name, records, Path(folder))
         found = simple_evaluate(
-            model="hf", model_args={"pretrained": args.model, "dtype": "bfloat16"}, tasks=[task], batch_size=16,
+            model="hf", model_args={"pretrained": args.model, "dtype": "bfloat16"}, tasks=[task], batch_size=80,
             device="cuda" if torch.cuda.is_available() else "cpu", apply_chat_template=TASKS[name][1],
             task_manager=TaskManager(include_path=folder), bootstrap_iters=0)
     rows = [row for row in found["samples"][task] if row["filter"] == "flexible-extract"]
