@@ -3,13 +3,21 @@
     python data/toy/prepare.py                  # train.jsonl, dev.jsonl, test.jsonl beside this file
     python data/toy/prepare.py --test 200       # fewer of test; another --test-seed draws others
 
-Every problem has traps that a careless reader falls into ("fewer" read as "more", the wrong person looked up, the last
-sum left out) and some hold a basket that nobody asked about. `Reading` says how a text was read; a reading gives
-sub-questions, steps and an answer. `Reading()` is the right one. pretrain.py uses other readings, this file never does.
+Every text sets one trap, which is its kind. Who falls into it reads one sentence wrong, and the answer is wrong:
+
+    reversed    "Ann picked 4 more pens than Ben", where Ben is to be found: he has 4 fewer, not 4 more
+    person      "Cleo picked 2 more pens than Ann", where Ben was the last one named
+    number      "Ben, who is 7 years old, picked 2 more pens": the 7 is taken for the 2
+    basket      "Another 5 pens lay in a basket", which nobody asked about
+
+Beside that, every sum that passes a ten can slip: 18 + 5 = 13 forgets the carry, 12 - 4 = 18 forgets to borrow. So no
+text says whether a draft is right: one has to read the draft. `Reading` says how somebody read and reckoned, `solve`
+what follows. `Reading()` is the right one. pretrain.py uses other readings, this file never does.
 """
 
 import argparse
 import hashlib
+import itertools
 import random
 import sys
 from dataclasses import dataclass
@@ -21,48 +29,57 @@ import art
 NAMES = "Ann Ben Cleo Dan Eve Finn Gus Hana Ivan Jill Kim Leo".split()
 ITEMS = "apples pens books shells cards stamps coins roses kites cups hats nuts".split()
 VERBS = [("pick", "picked"), ("buy", "bought"), ("find", "found"), ("make", "made"), ("sell", "sold")]
+KINDS = ("reversed", "person", "number", "basket")
+# name: questions, seed; that of test was drawn at random after the base model was frozen
+SPLITS = {"train": (1500, 0), "dev": (300, 0), "test": (1000, 43326)}
+SLIPS = [(), *itertools.combinations(range(5), 1), range(5)]  # steps in which tens may be forgotten: none, one, all
+OPPOSITE = {"more": "fewer", "fewer": "more"}
 
 
 @dataclass
 class Problem:
-    """A given number, one or two relations (person, kind, number, index of the person referred to), and a question."""
+    """Somebody's number, one relation for each further person, and a question about the last or the last two."""
 
+    kind: str  # of KINDS
     item: str
     verb: tuple[str, str]
     people: list[str]
     given: int
-    relations: list[tuple[str, int, int]]  # kind, number, index into people of the person compared with
+    relations: list[tuple[str, int, int]]  # "more" or "fewer", by how many, index into people of whom it is than
+    place: int  # index into relations of the one that the trap is in
     together: bool
-    age: int | None
-    basket: int | None
+    extra: int  # the age, or what lies in the basket; only these two kinds of text say it
 
     def text(self):
         """The question as the reader sees it."""
         base, past = self.verb
         lines = [f"{self.people[0]} {past} {self.given} {self.item}."]
-        if self.age:
-            lines[0] += f" {self.people[0]} is {self.age} years old."
-        for person, (kind, number, other) in zip(self.people[1:], self.relations):
-            lines.append(f"{person} {past} {_compare(kind, number, self.item)} {self.people[other]}.")
-        if self.basket:
-            lines.append(f"Another {self.basket} {self.item} lay in a basket.")
+        for index, (word, number, other) in enumerate(self.relations):
+            who, whom = self.people[index + 1], self.people[other]
+            if index == self.place and self.kind == "reversed":
+                who, whom, word = whom, who, OPPOSITE[word]
+            if index == self.place and self.kind == "number":
+                who += f", who is {self.extra} years old,"
+            lines.append(f"{who} {past} {number} {word} {self.item} than {whom}.")
+        if self.kind == "basket":
+            lines.append(f"Another {self.extra} {self.item} lay in a basket.")
         who = " and ".join(self.people[-2:]) if self.together else self.people[-1]
         lines.append(f"How many {self.item} did {who} {base}{' together' if self.together else ''}?")
         return " ".join(lines)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reading:
-    """How a text was read; the default reads it right."""
+    """How somebody read and reckoned; the default is right."""
 
-    flipped: tuple[bool, ...] = (False, False)  # "fewer" taken for "more", for each relation
-    misplaced: bool = False  # the person named last taken for the one that the second relation refers to
-    unfinished: bool = False  # the sum at the end left out
-    basket: bool = False  # the basket added though nobody asked
+    trapped: bool = False
+    carries: frozenset[int] = frozenset()  # steps in which a carry is forgotten, if there is one
+    borrows: frozenset[int] = frozenset()  # the same for what a step has to borrow
 
 
-def _compare(kind, number, item):
-    return f"{number} times as many {item} as" if kind == "times" else f"{number} {kind} {item} than"
+def passes_ten(left, sign, right):
+    """Does a sum carry, or borrow?"""
+    return left % 10 + right % 10 >= 10 if sign == "+" else left % 10 < right % 10
 
 
 def solve(problem, reading):
@@ -71,39 +88,43 @@ def solve(problem, reading):
     item, people, counts, solution = problem.item, problem.people, [problem.given], []
 
     def add(asked, who, left, sign, right):
-        counts.append({"+": left + right, "-": left - right, "*": left * right}[sign])
-        solution.append([f"How many {item} {asked}?", f"{who} {left} {sign} {right} = {counts[-1]} {item}."])
+        result = left + right if sign == "+" else left - right
+        forgotten = reading.carries if sign == "+" else reading.borrows
+        if len(solution) in forgotten and passes_ten(left, sign, right):
+            result += -10 if sign == "+" else 10
+        counts.append(result)
+        solution.append([f"How many {item} {asked}?", f"{who} {left} {sign} {right} = {result} {item}."])
 
-    for index, (kind, number, other) in enumerate(problem.relations):
-        if index == 1 and reading.misplaced:
-            other = 1
-        if kind == "fewer" and reading.flipped[index]:
-            kind = "more"
-        add(f"did {people[index + 1]} {base}, {_compare(kind, number, item)} {people[other]}",
-            f"{people[index + 1]} {past}", counts[other], {"more": "+", "fewer": "-", "times": "*"}[kind], number)
-    if problem.together and not reading.unfinished:
+    for index, (word, number, other) in enumerate(problem.relations):
+        if reading.trapped and index == problem.place:
+            word = OPPOSITE[word] if problem.kind == "reversed" else word
+            other = index if problem.kind == "person" else other
+            number = problem.extra if problem.kind == "number" else number
+        add(f"did {people[index + 1]} {base}, {number} {word} than {people[other]}",
+            f"{people[index + 1]} {past}", counts[other], {"more": "+", "fewer": "-"}[word], number)
+    if problem.together:
         add(f"did {' and '.join(people[-2:])} {base} together", f"Together they {past}", counts[-2], "+", counts[-1])
-    if reading.basket:
-        add("are there with the basket", "With the basket there are", counts[-1], "+", problem.basket)
+    if reading.trapped and problem.kind == "basket":
+        add("are there with the basket", "With the basket there are", counts[-1], "+", problem.extra)
     return solution, str(counts[-1])
 
 
 def draw_problem(rng):
-    """One problem whose every count stays between 1 and 99, however it is read."""
+    """One problem; in every reading all numbers stay between 1 and 99, and the trap changes the answer."""
     while True:
-        relations = []
-        for index in range(rng.choice([1, 2, 2])):
-            kind = rng.choices(["more", "fewer", "times"], [0.55, 0.2, 0.25])[0]
-            number = rng.randint(2, 3) if kind == "times" else rng.randint(2, 9)
-            relations.append((kind, number, 1 if index and rng.random() < 0.7 else 0))
-        problem = Problem(rng.choice(ITEMS), rng.choice(VERBS), rng.sample(NAMES, len(relations) + 1),
-                          rng.randint(3, 20), relations, rng.random() < 0.2,
-                          rng.randint(5, 12) if rng.random() < 0.2 else None,
-                          rng.randint(2, 9) if rng.random() < 0.25 else None)
-        worlds = [solve(problem, Reading((flip, flip), place)) for flip in (0, 1) for place in (0, 1)]
-        numbers = [int(word) for solution, _ in worlds for _, step in solution
+        kind, n = rng.choice(KINDS), rng.choice([2, 3])
+        relations = [(rng.choices(["more", "fewer"], [0.78, 0.22])[0], rng.randint(2, 7), index) for index in range(n)]
+        place = rng.randrange(n)
+        if kind == "person":  # the last sentence goes back, and the question is about two: so every sentence counts
+            place = n - 1
+            relations[place] = (*relations[place][:2], rng.randrange(place))
+        problem = Problem(kind, rng.choice(ITEMS), rng.choice(VERBS), rng.sample(NAMES, n + 1), rng.randint(5, 25),
+                          relations, place, kind == "person" or rng.random() < 0.4, rng.randint(5, 12))
+        readings = [Reading(trapped, slip, slip) for trapped in (False, True) for slip in map(frozenset, SLIPS)]
+        numbers = [int(word) for reading in readings for _, step in solve(problem, reading)[0]
                    for word in step.split() if word.lstrip("-").isdigit()]
-        if min(numbers) >= 1 and max(numbers) <= 90:
+        right, trapped = (solve(problem, reading)[1] for reading in (Reading(), Reading(True)))
+        if min(numbers) >= 1 and max(numbers) <= 99 and right != trapped:
             return problem
 
 
@@ -112,29 +133,36 @@ def for_pretraining(question):
     return hashlib.sha256(question.encode()).digest()[0] % 2 == 0
 
 
-def make_split(name, size, seed, taken):
-    """`size` records with questions in neither `taken` (updated) nor the pretraining half."""
-    rng, records = random.Random(f"toy {name} {seed}"), []
-    while len(records) < size:
+def draw_split(name, size, seed, taken):
+    """`size` problems with questions in neither `taken` (updated) nor the pretraining half."""
+    rng, problems = random.Random(f"toy {name} {seed}"), []
+    while len(problems) < size:
         problem = draw_problem(rng)
         question = problem.text()
         if question not in taken and not for_pretraining(question):
             taken.add(question)
-            solution, answer = solve(problem, Reading())
-            records.append({"id": f"toy-{name}-{len(records)}", "question": question, "answer": answer,
-                            "solution": solution})
+            problems.append(problem)
+    return problems
+
+
+def make_split(name, size, seed, taken):
+    """The records of a split."""
+    records = []
+    for index, problem in enumerate(draw_split(name, size, seed, taken)):
+        solution, answer = solve(problem, Reading())
+        records.append({"id": f"toy-{name}-{index}", "kind": problem.kind, "question": problem.text(),
+                        "answer": answer, "solution": solution})
     return records
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # the seed of test was drawn at random after the base model was frozen
-    for name, size, seed in (("train", 1500, 0), ("dev", 300, 0), ("test", 1000, 43326)):
+    for name, (size, seed) in SPLITS.items():
         parser.add_argument(f"--{name}", type=int, default=size, help=f"questions ({size}: minutes on a laptop)")
         parser.add_argument(f"--{name}-seed", type=int, default=seed, help=f"of {name} ({seed})")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="output folder (data/toy)")
     args, taken = parser.parse_args(), set()
-    for name in ("train", "dev", "test"):
+    for name in SPLITS:
         records = make_split(name, getattr(args, name), getattr(args, f"{name}_seed"), taken)
         art.write(args.out / f"{name}.jsonl", records)
         print(f"{args.out / name}.jsonl: {len(records)} questions, no text twice, none in the base model's pretraining")
