@@ -57,7 +57,7 @@ def values(theirs, toy, real):
 def expected():
     """{exercise: (value, tolerance)} as docs/exercises.md says."""
     text = (art.ROOT / "docs/exercises.md").read_text("utf-8")
-    found = re.findall(r"^\d+\. `(\w+)`.*?Expected: `([^`]+)`(?:, within ([\d.]+))?", text, re.MULTILINE)
+    found = re.findall(r"^\d+\. `(\w+)`.*?Expected: `([^`]+)`(?:, within ([\d.]*\d))?", text, re.MULTILINE)
     return {name: (json.loads(value), float(tolerance or 0)) for name, value, tolerance in found}
 
 

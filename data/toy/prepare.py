@@ -50,6 +50,12 @@ class Problem:
         lines.append(f"How many {self.item} did {who} {base}{' together' if self.together else ''}?")
         return " ".join(lines)
 
+    def kind(self):
+        """The first trap in the text: a person to look up, "fewer", a sum at the end, or none."""
+        traps = {"person": len(self.relations) == 2 and self.relations[1][2] == 0,
+                 "fewer": any(kind == "fewer" for kind, _, _ in self.relations), "together": self.together}
+        return next((trap for trap, there in traps.items() if there), "none")
+
 
 @dataclass
 class Reading:
@@ -121,8 +127,8 @@ def make_split(name, size, seed, taken):
         if question not in taken and not for_pretraining(question):
             taken.add(question)
             solution, answer = solve(problem, Reading())
-            records.append({"id": f"toy-{name}-{len(records)}", "question": question, "answer": answer,
-                            "solution": solution})
+            records.append({"id": f"toy-{name}-{len(records)}", "kind": problem.kind(), "question": question,
+                            "answer": answer, "solution": solution})
     return records
 
 
