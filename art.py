@@ -1735,13 +1735,13 @@ def push(run, name):
     args, about, folder = run.args, run.about(name), run.adapter(name)
     header = huggingface_hub.ModelCardData(base_model=about["model"], library_name="peft", license="other",
                                            license_name="that-of-the-base-model", tags=["art", "arxiv:2311.07961"])
-    settings = {key: value for key, value in about.items() if key not in ("code", "curve", "dev")}
+    figures = {key: value for key, value in about.items() if key not in ("code", "curve", "dev")}
+    figures |= {f"dev {key}": value for key, value in about.get("dev", {}).items()}
     write(folder / "README.md", "\n".join([
         "---", header.to_yaml(), "---", f"# {name} of Ask, Refine, and Trust, for {args.task}", "",
         f"A LoRA adapter of {about['model']}, trained on samples that an LLM gave to the questions of {args.task}.", "",
-        f"    {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}", "", "| on dev | |", "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in about.get("dev", {}).items()), "", "| setting | |", "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in settings.items()), "",
+        f"    {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}", "", "| setting or figure | |",
+        "| --- | --- |", *(f"| {key} | {value} |" for key, value in figures.items()), "",
         "The licence of the base model holds, and that of the data.", ""]))
     try:
         api = huggingface_hub.HfApi()

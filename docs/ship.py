@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -36,11 +35,13 @@ def main():
     args = parser.parse_args()
     folder = HERE / "runs" / args.name
     art.write(folder / "records.jsonl", [slim(record) for record in art.read_jsonl(args.run / "records.jsonl", "")])
-    results = json.loads((args.run / "results.json").read_text("utf-8"))
+    results, table = ((args.run / name).read_text("utf-8").replace(f"{art.ROOT}/", "")  # not where they were made
+                      for name in ("results.json", "table.md"))
+    results = json.loads(results)
     for about in results["training"].values():
         about.pop("code", None)
     art.write(folder / "results.json", results)
-    shutil.copy(args.run / "table.md", folder / "table.md")
+    art.write(folder / "table.md", table)
     print(f"{folder}: {results['n']:,} questions")
 
 
