@@ -534,7 +534,7 @@ def auc(scores, labels):
 
 PRESETS = {
     "toy": {"model": "data/toy/base", "asker_model": "data/toy/base", "truster_model": "data/toy/base", "k": 4,
-            "shots": 0, "show_draft": "yes", "max_new_tokens": 96, "max_length": 512, "kv_gib": 0.25, "lr": 2e-3,
+            "shots": 0, "draft_temperature": 0.7, "max_new_tokens": 128, "max_length": 512, "kv_gib": 0.25, "lr": 2e-3,
             "asker_batch": (32, 1), "truster_batch": (8, 1), "task_epochs": 1, "epochs": 1, "save_steps": 50},
     "small": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "asker_model": "Qwen/Qwen2.5-0.5B-Instruct",
               "truster_model": "Qwen/Qwen2.5-0.5B-Instruct", "k": 3, "max_new_tokens": 512, "max_length": 1024,

@@ -184,7 +184,7 @@ def test_all_rows_and_generated_subquestions(copy, monkeypatch, capsys):
 
 def test_decomposition_and_hidden_drafts_are_asked_anew(copy, monkeypatch, capsys):
     capsys.readouterr()
-    copy.here(monkeypatch, "evaluate", "--show-draft", "no")
+    copy.here(monkeypatch, "evaluate", "--show-draft", "yes")
     asked = asked_of(capsys.readouterr().out)
     assert asked["refined_self"] > 0 and not asked.keys() - {"refined", "refined_self", "trust"}
     copy.here(monkeypatch, "evaluate", "--strategy", "decomp", "--rows", "initial")

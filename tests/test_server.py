@@ -255,7 +255,7 @@ def test_half_a_character(llm_at, copy, monkeypatch, capsys):
 
 def test_server_stops_half_way(copy, monkeypatch, capsys):
     """What was finished is kept; when it is back, the same command asks the rest and nothing twice."""
-    flags = ["--model", "x", "--limit", "4", "--k", "2", "--concurrency", "2", "--base-url"]
+    flags = ["--model", "x", "--limit", "4", "--k", "2", "--draft-temperature", "0", "--concurrency", "2", "--base-url"]
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     with Server(lambda number, body: number > 5 and (503, {})) as server:
         assert "what is finished is kept" in refused(monkeypatch, capsys, copy, "sample", *flags, server.url)

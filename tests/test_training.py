@@ -193,11 +193,11 @@ def test_adapters_load_in_plain_peft(kit):
 
 def test_training_is_qlora(kit):
     """4-bit nf4 base, adapters in fp32, and args.json says what made them."""
-    for name in ("finetuned", "asker", "truster"):
+    for name, every in {"finetuned": 2, "asker": 2, "truster": 1}.items():  # steps between two reports, conftest.TINY
         folder = kit.runs / "toy/default" / name
         about, weights = json.loads((folder / "args.json").read_text()), load_file(folder / ADAPTER)
         assert about["bits"] == 4 and {weight.dtype for weight in weights.values()} == {torch.float32}
-        assert about["steps"] > 0 and about["curve"][-1]["step"] == about["steps"]
+        assert about["steps"] > 0 and about["curve"][-1]["step"] == about["steps"] // every * every
         assert sum(weight.numel() for weight in weights.values()) == about["trainable"]
     assert any("score" in name for name in weights)
     kinds = {type(module).__name__ for name, module in art.load_base(BASE, 4).named_modules() if "_proj" in name}
