@@ -182,7 +182,7 @@ def test_all_rows_and_generated_subquestions(copy, monkeypatch, capsys):
     assert json.loads((copy.runs / "toy/own/finetuned/args.json").read_text())["strategy"] == "cot"
 
 
-def test_decomposition_and_hidden_drafts_are_asked_anew(copy, monkeypatch, capsys):
+def test_decomposition_and_shown_drafts_are_asked_anew(copy, monkeypatch, capsys):
     capsys.readouterr()
     copy.here(monkeypatch, "evaluate", "--show-draft", "yes")
     asked = asked_of(capsys.readouterr().out)
