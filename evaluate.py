@@ -53,20 +53,27 @@ def cheap_gate(lm, args, records, drafts):
     pairs = [(record, sample) for record in train for sample in sampled[record["id"]]["samples"]
              if not sample.get("failed")]
     x, wrong = features(*zip(*pairs)), torch.tensor([float(not sample["correct"]) for _, sample in pairs])
+    weights = logistic_regression(x, wrong)
+    p = (features(records, drafts) @ weights[:-1] + weights[-1]).sigmoid().double().tolist()
+    return [{"p_refine": value, "prompt_tokens": 0} for value in p]
+
+
+def logistic_regression(x, y, l2=1.0):
+    """Weights (features + 1,) that predict y (n,), 0 to 1, from x (n, features); the last, the intercept, has no L2."""
+    import torch
     weights = torch.zeros(x.shape[1] + 1, requires_grad=True)
     optimiser = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():
         optimiser.zero_grad()
         logits = x @ weights[:-1] + weights[-1]
-        value = torch.nn.functional.binary_cross_entropy_with_logits(logits, wrong, reduction="sum")
-        value = value + 0.5 * weights[:-1].square().sum()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="sum")
+        value = value + l2 / 2 * weights[:-1].square().sum()
         value.backward()
         return value
 
     optimiser.step(loss)
-    p = (features(records, drafts) @ weights[:-1] + weights[-1]).sigmoid().double().tolist()
-    return [{"p_refine": value, "prompt_tokens": 0} for value in p]
+    return weights.detach()
 
 
 STAGES = {  # name: the model that is asked, the step, the stages it reads, where it stands in a record
