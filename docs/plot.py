@@ -47,7 +47,7 @@ def bars(axes, rows, n):
         middle, (low, high) = 100 * row["accuracy"], row["ci95"]
         axes.barh(place, middle, color={"art": TRAINED, "oracle_gate": "0.88"}.get(name, FROZEN), ec="0.4",
                   xerr=[[middle - 100 * low], [100 * high - middle]], capsize=3)
-        said = f"{middle:.1f}%" + (f", +{row['mended']} mended, \N{MINUS SIGN}{row['broken']} broken"
+        said = f"{middle:.1f}%" + (f"\n+{row['mended']} mended, \N{MINUS SIGN}{row['broken']} broken"
                                    if name != "initial" else "")
         axes.text(1.5, place, said, va="center", fontsize=11)
     axes.set_yticks(range(len(ROWS)), ROWS.values(), fontsize=11)
