@@ -482,12 +482,12 @@ def load_exemplars(task, shots, data=ROOT / "data"):
     return read_jsonl(path, "")[:shots] if shots and path else []
 
 
-def load_run(folder):
+def load_run(folder, file="records.jsonl"):
     """The records of a finished run as columns: {"id": array, "right.art": array, "ask.asker.p_refine": array, ...}.
 
-    Where a record lacks a value it is None.
+    Those of test; of dev with "dev.jsonl". Where a record lacks a value it is None.
     """
-    records, columns = read_jsonl(Path(folder) / "records.jsonl", "make it with: evaluate.py"), {}
+    records, columns = read_jsonl(Path(folder) / file, "make it with: evaluate.py"), {}
     for number, record in enumerate(records):
         values = [*record.items()]
         for name, value in values:  # it grows
@@ -658,7 +658,8 @@ def parse(parser, argv=None, training="asker"):
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run) or args.run == "said":
         raise UserError("--run is a plain name, and not said: letters, digits, dot, hyphen, underscore")
     if args.task != "toy" and PRESETS["toy"]["model"] in [getattr(args, k, "") for k in ("model", "asker_model")]:
-        print(f"warning: the toy's model knows nothing of {args.task}: give --preset or --model", file=sys.stderr)
+        print("warning: the toy's model reads nothing but questions worded as the toy's: "
+              f"for {args.task} give --preset or --model", file=sys.stderr)
     return args
 
 

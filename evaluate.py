@@ -3,15 +3,18 @@
     python evaluate.py
     python evaluate.py --rows initial,asker,art           # adds to the rows that are there; all: every row
     python evaluate.py --compare default seed1 --row art  # the same row of two runs, question by question
+    python evaluate.py --compare default --row art --against majority   # two rows of a run
 
 Every model is asked about every question of dev and test (STAGES); then it is worked out, row by row (ROWS), which
 answer would have stood. So a row costs nothing once its stages are there. Thresholds are set on dev, to maximise there
-the accuracy of the row that uses them. Writes results.json, table.md, records.jsonl and flips.txt to runs/<task>/<run>.
+the accuracy of the row that uses them. Writes results.json, table.md, records.jsonl (of test), dev.jsonl and flips.txt
+to runs/<task>/<run>.
 """
 
 import collections
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,12 +154,16 @@ def mcnemar(gained, lost):
 
 
 def compare(row, other, seed=0):
-    """Difference in accuracy of two rows on the same questions: delta, 95% bootstrap interval, exact McNemar p."""
+    """Difference in accuracy of two rows on the same questions: delta, 95% bootstrap interval, exact McNemar p.
+
+    "won": questions on which `row` alone is right; "lost": on which `other` alone is.
+    """
     difference = np.asarray(row, int) - np.asarray(other, int)
     shares = [np.mean(difference == value) for value in (-1, 0, 1)]
     drawn = np.random.default_rng(seed).multinomial(len(difference), shares, 10_000) @ [-1, 0, 1] / len(difference)
+    won, lost = int((difference > 0).sum()), int((difference < 0).sum())
     return {"delta": float(difference.mean()), "ci95": np.percentile(drawn, [2.5, 97.5]).tolist(),
-            "p": mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))}
+            "p": mcnemar(won, lost), "won": won, "lost": lost}
 
 
 def best_threshold(p, gain):
@@ -395,6 +402,9 @@ def sentences(results):
         a, b = rows["art"]["vs_initial"], rows["art"]["vs_self_refine"]
         lines.append(f"ART gains {a['delta']:+.1%} over the draft (p = {a['p']:.2g}) and {b['delta']:+.1%} over "
                      f"self-refinement (p = {b['p']:.2g}); it refines {rows['art']['refined']:.0%} of the drafts.")
+    if votes := [f"{row} {rows[row]['k']}" for row in VOTES if row in rows]:
+        lines.append(f"Samples of the votes, the first number that costs what ART does, {MAX_K} at most: "
+                     f"{', '.join(votes)}.")
     if "oracle_gate" in rows:
         lines.append(f"With these refinements a perfect decision, or a perfect choice, would end at "
                      f"{rows['oracle_gate']['accuracy']:.1%}.")
@@ -455,14 +465,13 @@ def flips(outputs, right, each=10):
                    for name, found in texts.items())
 
 
-def as_records(outputs, right):
-    """The records of test, enriched by what each stage gave and by which row was right."""
+def as_records(outputs, split, right):
+    """The records of a split, enriched by what each stage gave and by which row was right."""
     records, cached = [], {"settings", "prompt", "call", "number", "on", "seconds"}
-    for number, record in enumerate(outputs.records[outputs.test]):
+    for number, record in enumerate(outputs.records[split]):
         enriched = {**record, "candidates": {}, "ask": {}, "trust": {}}
         for stage, (*_, (part, name)) in STAGES.items():
-            if stage in outputs.known:
-                output = outputs[stage][outputs.test][number]
+            if output := stage in outputs.known and outputs[stage][split][number]:  # dev is not asked everything
                 enriched[part][name] = {key: value for key, value in output.items() if key not in cached}
         enriched["right"] = {row: bool(column[number]) for row, column in right.items() if row != "random_gate"}
         records.append(enriched)
@@ -470,7 +479,7 @@ def as_records(outputs, right):
 
 
 def compare_runs(args):
-    """Finished runs (names or folders): every row side by side, and the paired difference of --row in the first two."""
+    """Finished runs (names or folders): every row side by side, and the paired difference that was asked for."""
     runs, paths = [], []
     for name in args.compare:
         path = next((p for p in (args.runs / args.task / name, Path(name)) if (p / "results.json").is_file()), None)
@@ -484,21 +493,25 @@ def compare_runs(args):
         shares = [run[row]["accuracy"] for run in runs]
         cells = [f"{share:.1%}" for share in [*shares, np.mean(shares)]]
         print(f"| {row} | {' | '.join(cells)} | {min(shares):.1%} to {max(shares):.1%} |")
-    if len(runs) > 1:
-        print(paired(args, *(art.load_run(path) for path in paths[:2])))
+    if len(runs) > 1 or args.against:
+        print(paired(args, art.load_run(paths[0]), art.load_run(paths[:2][-1])))
 
 
 def paired(args, first, second):
-    """The difference of --row in two runs, given as columns, on the questions that both have."""
-    name = f"right.{args.row}"
+    """--row of the second run minus the same row, or --against, of the first, on the questions that both have."""
+    old, new = f"right.{args.against or args.row}", f"right.{args.row}"
     if list(first["id"]) != list(second["id"]):
         raise art.UserError("the runs are not on the same test questions: a paired difference needs that")
-    if any(name not in run or None in list(run[name]) for run in (first, second)):
-        raise art.UserError(f"row {args.row} is not in both runs: add it with evaluate.py --rows {args.row}")
-    difference = compare(second[name], first[name], args.seed)
-    return "\n{}, {} against {}: {:+.1%} ({:+.1%} to {:+.1%}), exact McNemar p = {:.3g}, n = {:,}".format(
-        args.row, args.compare[1], args.compare[0], difference["delta"], *difference["ci95"], difference["p"],
-        len(first[name]))
+    for run, name in ((first, old), (second, new)):
+        if name not in run or None in list(run[name]):
+            raise art.UserError(f"row {name.removeprefix('right.')} is not in the table: add it with evaluate.py "
+                                f"--rows {name.removeprefix('right.')}, and the --run and other flags of that run")
+    difference = compare(second[new], first[old], args.seed)
+    runs = [args.compare[0], args.compare[:2][-1]]
+    text = (f"{args.row} of {runs[1]} against {args.against} of {runs[0]}" if args.against
+            else f"{args.row}, {runs[1]} against {runs[0]}")
+    return "\n{}: {:+.1%} ({:+.1%} to {:+.1%}), exact McNemar p = {:.3g}, won {won}, lost {lost}, n = {:,}".format(
+        text, difference["delta"], *difference["ci95"], difference["p"], len(first["id"]), **difference)
 
 
 def parse_args():
@@ -508,6 +521,8 @@ def parse_args():
     add("--compare", nargs="+", metavar="RUN", help="only compare finished runs, by name or folder")
     add("--row", default="art", choices=[row for row in ROWS if row != "random_gate"],
         help="the row that --compare compares question by question (default art)")
+    add("--against", metavar="ROW", choices=[row for row in ROWS if row != "random_gate"],
+        help="compare --row with this row, in the place of the same row of the other run")
     add("--threshold", type=float, help="decide by this threshold on p_refine, in the place of the one set on dev")
     add("--asker-from", metavar="RUN", help="take Asker and finetuned of this run (of another task: ../TASK/RUN)")
     add("--truster-from", metavar="RUN", help="take the Truster of this run")
@@ -548,6 +563,15 @@ def summary(outputs, figures, lacking):
     return results
 
 
+def warn_changed(path, before, figures):
+    """Say which rows were another in the table that is about to be replaced: an edit may have been forgotten."""
+    was = {row["row"]: row["accuracy"] for row in before}
+    if changed := [f"{row} {was[row]:.1%}, now {about['accuracy']:.1%}" for row, about in figures.items()
+                   if was.get(row, about["accuracy"]) != about["accuracy"]]:
+        print(f"warning: {path} had {'; '.join(changed)}. Give what you change a run of its own: --run NAME",
+              file=sys.stderr)
+
+
 def main():
     args, wanted = parse_args()
     if args.compare:
@@ -563,8 +587,11 @@ def main():
     before = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
     outputs = Outputs(run, dev, test)
     figures, right, lacking = make_rows(outputs, wanted, {row["row"] for row in before})
+    warn_changed(path, before, figures)
     results = summary(outputs, figures, lacking)
-    art.write(run.folder / "records.jsonl", as_records(outputs, right))
+    right_on_dev = {"initial": outputs.right("draft")[outputs.dev]}  # other rows are for test
+    art.write(run.folder / "records.jsonl", as_records(outputs, outputs.test, right))
+    art.write(run.folder / "dev.jsonl", as_records(outputs, outputs.dev, right_on_dev))
     if "art" in figures:
         art.write(run.folder / "flips.txt", flips(outputs, right["art"]))
     text = table(results) + "\n" + kinds_table(outputs, right) + sentences(results)

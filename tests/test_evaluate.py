@@ -223,6 +223,27 @@ def test_load_run(kit):
     assert run["solution"][0] == art.read_jsonl(kit.data / "toy/test.jsonl", "")[0]["solution"]
 
 
+def test_dev_is_kept_too(kit):
+    """The threshold of a row can be worked out again from dev.jsonl."""
+    dev = art.load_run(kit.runs / "toy/default", "dev.jsonl")
+    verdicts = {name: np.array([art.is_correct("toy", text, answer) for text, answer in zip(
+        dev[f"candidates.{name}.text"], dev["answer"])]) for name in ("draft", "refined")}
+    assert list(dev["right.initial"]) == list(verdicts["draft"] & dev["candidates.draft.stopped"])
+    gain = (verdicts["refined"] & dev["candidates.refined.stopped"]).astype(int) - dev["right.initial"]
+    assert evaluate.best_threshold(dev["ask.asker.p_refine"], gain) == kit.results()["asker"]["threshold"]
+
+
+def test_a_table_that_changes_is_announced(copy, monkeypatch, capsys):
+    """So that an edit which nobody took back does not replace the baseline unseen."""
+    path = copy.runs / "toy/default/results.json"
+    copy.here(monkeypatch, "evaluate")
+    assert "warning" not in capsys.readouterr().err
+    results = json.loads(path.read_text())
+    art.write(path, {**results, "rows": [{**row, "accuracy": 0.0} for row in results["rows"]]})
+    copy.here(monkeypatch, "evaluate")
+    assert f"had initial 0.0%, now {copy.results()['initial']['accuracy']:.1%}; " in capsys.readouterr().err
+
+
 def test_rows_are_added(copy, monkeypatch, capsys):
     """The old rows stay, the new one stands beside them, and nothing is asked twice."""
     before = copy.results()
@@ -273,11 +294,16 @@ def test_compare(copy, monkeypatch, capsys):
     one, two = (copy.results(run)["asker"]["accuracy"] for run in ("default", "b"))
     assert f"| asker | {one:.1%} | {two:.1%} | {(one + two) / 2:.1%} |" in out
     assert f"asker, b against default: {two - one:+.1%}" in out and "n = 12" in out
+    copy.here(monkeypatch, "evaluate", "--compare", "default", "--row", "refine_always", "--against", "initial")
+    counted = copy.results()["refine_always"]
+    assert (f"refine_always of default against initial of default: {counted['vs_initial']['delta']:+.1%}"
+            in (out := capsys.readouterr().out))
+    assert f"won {counted['mended']}, lost {counted['broken']}, n = 12" in out
     copy.here(monkeypatch, "evaluate", "--run", "few", *flags, "--limit", "6")
     for name, said in (("few", "not on the same test questions"), ("nobody", "no results.json of nobody")):
         assert said in refused(monkeypatch, capsys, copy, "evaluate", "--compare", "default", name)
-    assert "row majority is not in both" in refused(monkeypatch, capsys, copy, "evaluate", "--compare", "default", "b",
-                                                    "--row", "majority")
+    assert "row majority is not in the table" in refused(
+        monkeypatch, capsys, copy, "evaluate", "--compare", "default", "b", "--row", "majority")
 
 
 def test_a_run_that_was_trained_on_test_is_refused(copy, monkeypatch, capsys):

@@ -52,7 +52,7 @@ def test_later_scripts_take_the_settings_of_sample(copy, monkeypatch, capsys):
 
 def test_a_model_that_knows_nothing_of_the_task_is_named(copy, capsys):
     args_of(copy.runs, "--task", "gsm8k")
-    assert "warning: the toy's model knows nothing of gsm8k" in capsys.readouterr().err
+    assert "worded as the toy's: for gsm8k give --preset" in capsys.readouterr().err
 
 
 # --- Mistakes: `refused` wants exit code 2 and one line that begins with "error:"
