@@ -143,14 +143,14 @@ def wilson(right, n, z=1.959964):
     return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
-def mcnemar(gained, lost):
+def mcnemar(won, lost):
     """Exact two-sided p of McNemar's test: on how many questions is the one row alone right, on how many the other?
 
     >>> round(mcnemar(2, 10), 4)
     0.0386
     """
-    n = gained + lost
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n) if n else 1.0
+    n = won + lost
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(won, lost) + 1)) / 2**n) if n else 1.0
 
 
 def compare(row, other, seed=0):
@@ -402,9 +402,9 @@ def sentences(results):
         a, b = rows["art"]["vs_initial"], rows["art"]["vs_self_refine"]
         lines.append(f"ART gains {a['delta']:+.1%} over the draft (p = {a['p']:.2g}) and {b['delta']:+.1%} over "
                      f"self-refinement (p = {b['p']:.2g}); it refines {rows['art']['refined']:.0%} of the drafts.")
-    if votes := [f"{row} {rows[row]['k']}" for row in VOTES if row in rows]:
-        lines.append(f"Samples of the votes, the first number that costs what ART does, {MAX_K} at most: "
-                     f"{', '.join(votes)}.")
+    if "art" in rows and (sampled := [f"{row} {rows[row]['k']}" for row in VOTES if row in rows]):
+        lines.append(f"Samples a question: {', '.join(sampled)}; the fewest that cost as many tokens as ART, "
+                     f"{MAX_K} at most.")
     if "oracle_gate" in rows:
         lines.append(f"With these refinements a perfect decision, or a perfect choice, would end at "
                      f"{rows['oracle_gate']['accuracy']:.1%}.")
@@ -499,19 +499,18 @@ def compare_runs(args):
 
 def paired(args, first, second):
     """--row of the second run minus the same row, or --against, of the first, on the questions that both have."""
-    old, new = f"right.{args.against or args.row}", f"right.{args.row}"
+    old, new = args.against or args.row, args.row
+    older, newer = args.compare[0], args.compare[:2][-1]
     if list(first["id"]) != list(second["id"]):
         raise art.UserError("the runs are not on the same test questions: a paired difference needs that")
-    for run, name in ((first, old), (second, new)):
-        if name not in run or None in list(run[name]):
-            raise art.UserError(f"row {name.removeprefix('right.')} is not in the table: add it with evaluate.py "
-                                f"--rows {name.removeprefix('right.')}, and the --run and other flags of that run")
-    difference = compare(second[new], first[old], args.seed)
-    runs = [args.compare[0], args.compare[:2][-1]]
-    text = (f"{args.row} of {runs[1]} against {args.against} of {runs[0]}" if args.against
-            else f"{args.row}, {runs[1]} against {runs[0]}")
-    return "\n{}: {:+.1%} ({:+.1%} to {:+.1%}), exact McNemar p = {:.3g}, won {won}, lost {lost}, n = {:,}".format(
-        text, difference["delta"], *difference["ci95"], difference["p"], len(first["id"]), **difference)
+    for run, row, name in ((first, old, older), (second, new, newer)):
+        if f"right.{row}" not in run or None in list(run[f"right.{row}"]):
+            raise art.UserError(f"row {row} is not in run {name}: add it with evaluate.py --rows {row}, and the flags "
+                                "of that run")
+    difference = compare(second[f"right.{new}"], first[f"right.{old}"], args.seed)
+    return ("\n{} of {} against {} of {}: {:+.1%} ({:+.1%} to {:+.1%}), exact McNemar p = {:.3g}, won {won}, "
+            "lost {lost}, n = {:,}").format(new, newer, old, older, difference["delta"], *difference["ci95"],
+                                            difference["p"], len(first["id"]), **difference)
 
 
 def parse_args():
@@ -522,11 +521,13 @@ def parse_args():
     add("--row", default="art", choices=[row for row in ROWS if row != "random_gate"],
         help="the row that --compare compares question by question (default art)")
     add("--against", metavar="ROW", choices=[row for row in ROWS if row != "random_gate"],
-        help="compare --row with this row, in the place of the same row of the other run")
+        help="compare --row (of the second run, if there are two) with this row of the first")
     add("--threshold", type=float, help="decide by this threshold on p_refine, in the place of the one set on dev")
     add("--asker-from", metavar="RUN", help="take Asker and finetuned of this run (of another task: ../TASK/RUN)")
     add("--truster-from", metavar="RUN", help="take the Truster of this run")
     args = art.parse(parser)
+    if args.against and not args.compare:
+        raise art.UserError("--against needs --compare RUN")
     names = ROWS if args.rows == "all" else args.rows.split(",") if args.rows else DEFAULT_ROWS
     if unknown := set(names) - ROWS.keys():
         raise art.UserError(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}, all")
@@ -564,10 +565,10 @@ def summary(outputs, figures, lacking):
 
 
 def warn_changed(path, before, figures):
-    """Say which rows were another in the table that is about to be replaced: an edit may have been forgotten."""
-    was = {row["row"]: row["accuracy"] for row in before}
-    if changed := [f"{row} {was[row]:.1%}, now {about['accuracy']:.1%}" for row, about in figures.items()
-                   if was.get(row, about["accuracy"]) != about["accuracy"]]:
+    """Say which rows of the table that is about to be replaced change or go: an edit may have been forgotten."""
+    now = {row["row"]: figures.get(row["row"], {}).get("accuracy") for row in before}
+    if changed := [f"{row['row']} {row['accuracy']:.1%}, now {art.show(now[row['row']])}" for row in before
+                   if now[row["row"]] != row["accuracy"]]:
         print(f"warning: {path} had {'; '.join(changed)}. Give what you change a run of its own: --run NAME",
               file=sys.stderr)
 
@@ -587,7 +588,8 @@ def main():
     before = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
     outputs = Outputs(run, dev, test)
     figures, right, lacking = make_rows(outputs, wanted, {row["row"] for row in before})
-    warn_changed(path, before, figures)
+    if before and before[0]["n"] >= len(test):  # a try with --limit may be replaced
+        warn_changed(path, before, figures)
     results = summary(outputs, figures, lacking)
     right_on_dev = {"initial": outputs.right("draft")[outputs.dev]}  # other rows are for test
     art.write(run.folder / "records.jsonl", as_records(outputs, outputs.test, right))

@@ -36,13 +36,13 @@ def calibration_error(p_refine, wrong_draft):
     raise NotImplementedError
 
 
-def sign_test(gained, lost):
+def sign_test(won, lost):
     """7. Exact two-sided p of McNemar's test, without a library."""
     raise NotImplementedError
 
 
 def least_net_gain(differing):
-    """8. If two rows differ on so many questions: the least (gained - lost) with p <= 0.05; None if there is none."""
+    """8. If two rows differ on so many questions: the least (won - lost) with p <= 0.05; None if there is none."""
     raise NotImplementedError
 
 

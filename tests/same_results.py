@@ -96,12 +96,16 @@ def figures_of_first(results):
 
 def figures_of_second(results):
     """The same of this edition's."""
+    def versus(row, other):  # the first edition did not count questions won and lost
+        about = row.get(f"vs_{other}")
+        return about and {name: about[name] for name in ("delta", "ci95", "p")}
+
     return {row["row"]: {
         "accuracy": row["accuracy"], "mended": row.get("mended"), "broken": row.get("broken"),
         "refined": row["refined"] if row["row"] != "finetuned" else None, "unparsed": row.get("unparsed"),
         "same answer": row.get("same_answer") if row["row"] != "finetuned" else None,
         "cut off": row.get("cut_off"), "threshold": row["threshold"], "ci95": row["ci95"],
-        "vs_initial": row.get("vs_initial"), "vs_self_refine": row.get("vs_self_refine")} for row in results["rows"]}
+        "vs_initial": versus(row, "initial"), "vs_self_refine": versus(row, "self_refine")} for row in results["rows"]}
 
 
 def equal(one, other):

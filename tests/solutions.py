@@ -37,15 +37,15 @@ def calibration_error(p_refine, wrong_draft):
     return sum(gaps)
 
 
-def sign_test(gained, lost):
-    n = gained + lost
-    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1)) / 2**n
+def sign_test(won, lost):
+    n = won + lost
+    tail = sum(math.comb(n, i) for i in range(min(won, lost) + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 
 def least_net_gain(differing):
-    gains = [2 * gained - differing for gained in range(differing // 2, differing + 1)
-             if sign_test(gained, differing - gained) <= 0.05]
+    gains = [2 * won - differing for won in range(differing // 2, differing + 1)
+             if sign_test(won, differing - won) <= 0.05]
     return min(gains, default=None)
 
 

@@ -34,7 +34,7 @@ TARGETS = {  # what is measured: at least, at most
     "Asker's AUC": (None, None), "AUC of words and word pairs": (None, None), "AUC of the blanked Asker": (None, None),
     "Asker's AUC minus the stronger of both": (0.15, 1),
     "one right, one wrong sample of a question: in order": (0.90, 1),
-    "gold solution as the draft: sent to refinement": (0, 0.10),
+    "gold solution as the draft: p_refine of 0.5 or more": (0, 0.10),
     "refined along gold sub-questions": (None, None), "refined along misread ones": (None, None),
     "gold minus misread sub-questions": (0.10, 1),
     "Truster keeps what was mended": (0.90, 1), "Truster refuses what was broken": (0.80, 1),
@@ -79,7 +79,7 @@ def asker_figures(outputs, run, test, wrong):
             "Asker's AUC minus the stronger of both": area - max(words, blanked),
             "the LLM's own AUC": art.auc(outputs.column("ask_self", "p_refine")[outputs.test], wrong),
             "one right, one wrong sample of a question: in order": pairs_in_order(run, args, test),
-            "gold solution as the draft: sent to refinement": np.mean(np.array(on_gold) >= 0.5)}
+            "gold solution as the draft: p_refine of 0.5 or more": np.mean(np.array(on_gold) >= 0.5)}
 
 
 def pairs_in_order(run, args, test):
