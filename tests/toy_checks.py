@@ -57,7 +57,8 @@ def measure(args):
     right, refined = outputs.right("draft")[outputs.test], outputs.right("refined")[outputs.test]
     found = {name: made[name] for name in ("initial", "self_refine", "refine_always", "asker", "art")}
     found |= {f"art minus {name}": made["art"] - made[name] for name in found if name != "art"}
-    found |= {"refine_always mends": refined[~right].mean(), "refine_always breaks": (~refined)[right].mean()}
+    rates = evaluate.rates(outputs, outputs.test)
+    found |= {"refine_always mends": rates["mending"], "refine_always breaks": rates["breaking"]}
     takes = outputs.takes("trust", "refined")[outputs.test]
     found |= {"Truster keeps what was mended": takes[~right & refined].mean(),
               "Truster refuses what was broken": (~takes)[right & ~refined].mean()}
@@ -136,9 +137,7 @@ def blanked_asker(run, test):
                       args.task_epochs, strategy="decomp")
     train_asker.train(other, "asker", train, train_asker.ask_examples(drafts, asked, tokenizer), args.epochs,
                       "finetuned", prior_odds=1.0)
-    asker = art.Run(run.args)
-    asker.folder = other.folder
-    return [row["p_refine"] for row in art.ask(asker.model("asker"), run.args, test, [{"text": ""}] * len(test))]
+    return [row["p_refine"] for row in art.ask(other.model("asker"), run.args, test, [{"text": ""}] * len(test))]
 
 
 def llm_figures(run, args, dev, test):
@@ -148,18 +147,18 @@ def llm_figures(run, args, dev, test):
     problems = problems_of(test, args.test_seed)
     misread = [[line for line, _ in prepare.solve(problem, True)[0]] for problem in problems]
     along = {"gold": [art.subquestions_of(record) for record in test], "misread": misread}
-    share = {}
-    for name, lines in along.items():
-        made = art.refine(llm, args, test, drafts, [{"subquestions": one} for one in lines])
-        share[name] = np.mean([art.verdict(args.task, one, record["answer"]) for one, record in zip(made, test)])
+
+    def share_right(made):
+        return np.mean([art.verdict(args.task, one, record["answer"]) for one, record in zip(made, test)])
+
+    share = {name: share_right(art.refine(llm, args, test, drafts, [{"subquestions": one} for one in lines]))
+             for name, lines in along.items()}
     decomp = argparse.Namespace(**{**vars(args), "strategy": "decomp"})
-    answers = {"decomp": art.predict(llm, decomp, test, args.draft_temperature),
-               "greedy drafts": art.predict(llm, args, test, 0.0)}
     return {"refined along gold sub-questions": share["gold"], "refined along misread ones": share["misread"],
             "gold minus misread sub-questions": share["gold"] - share["misread"],
             "of 8 refinements along gold one is right, worst kind": worst_kind(llm, args, dev),
-            **{name: np.mean([art.verdict(args.task, one, record["answer"]) for one, record in zip(made, test)])
-               for name, made in answers.items()}}
+            "decomp": share_right(art.predict(llm, decomp, test, args.draft_temperature)),
+            "greedy drafts": share_right(art.predict(llm, args, test, 0.0))}
 
 
 def problems_of(records, seed):
