@@ -599,9 +599,10 @@ def main():
     text = table(results) + "\n" + kinds_table(outputs, right) + sentences(results)
     art.write(run.folder / "table.md", text)
     art.write(path, results)
-    print(f"[5/5] who decides, who asks, who chooses\n\n{text}\nRead {run.folder / 'flips.txt'}: what ART broke and "
-          f"mended.\nTry next: python art.py solve --task {args.task} --random; python evaluate.py --task {args.task} "
-          "--rows all")
+    print(f"[5/5] who decides, who asks, who chooses\n\n{text}")
+    if "art" in figures:
+        print(f"Read {run.folder / 'flips.txt'}: what ART broke and mended.")
+    print(f"Try next: python art.py solve --task {args.task} --random; python evaluate.py --task {args.task} --rows all")
     art.log_start(run)
 
 
