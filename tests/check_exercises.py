@@ -37,7 +37,7 @@ def values(theirs, toy, real):
     return {
         "mended_broken": lambda: call("mended_broken", toy, "right_draft", "right_refined"),
         "row_asker": lambda: call("row_asker", toy, *asker),
-        "row_art": lambda: call("row_art", toy, *asker[:2], "score_draft", "score_refined", *asker[2:]),
+        "row_art": lambda: call("row_art", real, *asker[:2], "score_draft", "score_refined", *asker[2:]),
         "gap_closed": lambda: call("gap_closed", toy, "right_draft", "right_refined", "right_art"),
         "area": lambda: call("area", real, "p_refine", "wrong_draft"),
         "calibration_error": lambda: call("calibration_error", toy, "p_refine", "wrong_draft"),
