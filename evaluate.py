@@ -602,7 +602,8 @@ def main():
     print(f"[5/5] who decides, who asks, who chooses\n\n{text}")
     if "art" in figures:
         print(f"Read {run.folder / 'flips.txt'}: what ART broke and mended.")
-    print(f"Try next: python art.py solve --task {args.task} --random; python evaluate.py --task {args.task} --rows all")
+    print(f"Try next: python art.py solve --task {args.task} --random; "
+          f"python evaluate.py --task {args.task} --rows all")
     art.log_start(run)
 
 
