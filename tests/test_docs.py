@@ -23,10 +23,12 @@ def rows(text):
 
 
 def test_tables_are_those_of_the_shipped_runs():
-    """The README's first table is the toy's, the second the real run's; results.md has more of the real one."""
+    """The README's first table is the toy's, the second the real run's; results.md has more, and StrategyQA's."""
     readme = (art.ROOT / "README.md").read_text("utf-8").partition("## A real model")
     results = (art.ROOT / "docs/results.md").read_text("utf-8").partition("## A real model")[2].partition("\n## ")[0]
-    for text, run, least in ((readme[0], "toy", 6), (readme[2], "gsm8k-offline", 5), (results, "gsm8k-offline", 13)):
+    real, _, strategyqa = results.partition("\n### StrategyQA")
+    for text, run, least in ((readme[0], "toy", 6), (readme[2], "gsm8k-offline", 5), (real, "gsm8k-offline", 13),
+                             (strategyqa, "strategyqa", 9)):
         shipped = dict(rows((art.ROOT / "docs/runs" / run / "table.md").read_text("utf-8")))
         for row, cells in rows(text):
             assert cells == shipped[row], row
