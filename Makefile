@@ -1,4 +1,5 @@
-# Two commands on a fresh machine with Python 3.11 or later: `make demo`, `make test`. The README has them as plain commands.
+# On a fresh machine with Python 3.11 or later: `make demo` and `make test`. The README has the
+# same as plain commands.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -9,13 +10,13 @@ BIN = .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python data/toy/prepare.py
-	$(BIN)/python art.py sample
+	$(BIN)/python data/sample.py
 	$(BIN)/python train_asker.py
 	$(BIN)/python train_truster.py
 	$(BIN)/python evaluate.py
 	$(BIN)/python docs/plot.py runs/toy/default
 
-# seed 0 is the run of the demo; what is there already is not made again
+# The run of the demo has seed 0. Finished work is not done again.
 seeds: demo
 	for seed in 1 2; do \
 	  $(BIN)/python train_asker.py --run seed$$seed --seed $$seed && \

@@ -1,24 +1,24 @@
-"""ART: Ask, Refine, and Trust (Shridhar et al., arXiv 2311.07961). The one module that all scripts share.
+"""ART: Ask, Refine, and Trust (Shridhar et al., arXiv 2311.07961). All scripts share this module.
 
-    question -> PREDICT -> draft -> ASK: sub-questions, and "refine?" -- no ------------------> draft
-                                        |
-                                        yes -> REFINE -> refinement -> TRUST -> the better one
+    question -> LLM writes a DRAFT -> ASKER: sub-questions, and "refine?" -- no ------> draft
+                                            |
+                                            yes -> LLM writes a REFINED answer -> TRUSTER picks one
 
-    python art.py sample                # the LLM answers the training questions k times: what the trainings learn from
-    python art.py subquestions          # only for data without sub-questions: the LLM writes them
-    python art.py solve "QUESTION"      # one question through the four steps
+    python art.py "QUESTION"        # one question through the four steps
+    python art.py --random          # the same with one of the test questions
 
-Three parts: the method; data and commands; machinery (models, their cache, QLoRA). Read the first, skip the last.
+The LLM is never trained. The Asker and the Truster are small models, fine-tuned with 4-bit QLoRA.
+Part 1 is the method and can be read alone. Part 2 reads answers. Part 3 has files and flags.
+Part 4 asks models, part 5 trains them.
 """
 
 import argparse
 import ast
 import collections
-import contextlib
-import copy
 import functools
 import gc
 import hashlib
+import importlib
 import inspect
 import json
 import logging
@@ -27,65 +27,86 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent
-if sys.platform == "linux":  # torch reads it when it is imported: keys and values grow by pieces of ever new sizes
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# ======================================================================================================================
-# Part 1. The method. A step is a prompt, what a good answer to it looks like, how that answer is read, and a function
-# of lists. A record is {"id", "question", "answer", "solution": [[sub-question, step], ...]} and, in StrategyQA,
-# "facts"; an exemplar has a "draft" besides, right or wrong. `args` are the flags (part 2). `lm` is a Model (part 3):
-#     lm.render(prompts, exemplars, instruction)     prompts as the model reads them
-#     lm.generate(prompts, max_new_tokens, stop)     k outputs each: {"text", "stopped", "tokens", "logprob", ...}
-#     lm.choose(prompts, before, options)            an output each: {"p": probability of the first of two words}
-#     truster.score(texts)                           an output each: {"score"}
-# and lm.chat, lm.exemplars (shots); of a trained adapter, from its args.json, lm.strategy and lm.prior_odds.
-# ======================================================================================================================
+# ==================================================
+# Part 1. The method
+#
+# A record is one question: {"id", "question", "answer",
+# "solution": [[sub-question, step], ...]}; StrategyQA has "facts", too.
+# An output is what a model gave for one prompt, also a dict.
+# `args` are the flags (part 3). `llm`, `asker` and `truster` are Models
+# (part 4) with three verbs, which take lists and return lists:
+#
+#     generate   {"text", "finished", "tokens", "logprob", ...}
+#     choose     {"p": the probability of the first of two words, ...}
+#     score      {"score": higher means "more likely correct", ...}
+#
+# Each step keeps its prompt, its target (what a model learns to write)
+# and its parser together.
+# ==================================================
 
-# What a chat model is told behind the question; a base model is shown exemplars instead.
+# A chat model reads an instruction in place of the prompt's last line
+# ("Answer:"). A base model reads the prompt as it is.
 INSTRUCTIONS = {
     "cot": "Answer the question. Reason step by step, and {end}",
-    "decomp": "Ask the sub-questions that lead to the answer, answer them one after the other, then the question, and "
-              "{end}",
-    "ask": "Write the sub-questions that a right answer to the question has to settle, one a line. Then check the "
-           "given answer: the last line is 'Refine: Yes' if it is wrong, 'Refine: No' if it is right.",
-    "refine": "Answer the sub-questions one after the other, then the question. Reason step by step, and {end}",
-    "refine_plain": "Check the given answer and write a revised one. Reason step by step, and {end}",
-    "choose": "Which answer to the question is better? Write one letter, A or B.",
+    "decomp": "Ask the sub-questions that lead to the answer, answer them one after the other, "
+              "then the question, and {end}",
+    "ask": "Write the sub-questions that a right answer to the question has to settle, one a line. "
+           "Then check the given answer: the last line is 'Refine: Yes' if it is wrong, "
+           "'Refine: No' if it is right.",
+    "refine": "Answer the sub-questions one after the other, then the question. "
+              "Reason step by step, and {end}",
+    "refine_plain": "Check the given answer and write a revised one. "
+                    "Reason step by step, and {end}",
 }
-END = {"number": "put the final answer in \\boxed{}.", "yes/no": "put the final answer, yes or no, in \\boxed{}."}
+END = {
+    "number": "put the final answer in \\boxed{}.",
+    "yes/no": "put the final answer, yes or no, in \\boxed{}.",
+    "choice": "put the letter of the final answer in \\boxed{}.",
+}
 
 
-def instruction(task, step):
-    """What a chat model is told to do in a step."""
-    return INSTRUCTIONS[step].format(end=END[TASKS[task]["answer"]])
+def render(model, args, prompt, step):
+    """The prompt of a step as the model reads it."""
+    if not model.chat:
+        return prompt
+    body, _, _ = prompt.rstrip().rpartition("\n")
+    end = END[answer_kind(args.task)]
+    return f"{body}\n\n{INSTRUCTIONS[step].format(end=end)}"
 
 
 def question_block(record, facts=False):
-    """The question as every prompt begins, with StrategyQA's supporting facts if asked for."""
+    """The beginning of every prompt: the question, and StrategyQA's facts if wanted."""
     lines = [f"Question: {record['question']}"]
     if facts and record.get("facts"):
-        lines += ["Facts:"] + [f"- {fact}" for fact in record["facts"]]
+        lines.append("Facts:")
+        for fact in record["facts"]:
+            lines.append(f"- {fact}")
     return "\n".join(lines) + "\n"
 
 
-# --- Step 1, predict: an answer by chain of thought, or by `decomp`, whose lines each ask a sub-question and answer it
-# Facts are shown in step 3 (--facts refine), in steps 1 and 3 (both) or never (none); Asker and Truster never see them.
+# --- Step 1, predict. The LLM writes the draft: by chain of thought
+# ("cot") or by sub-questions ("decomp"). Facts are shown when refining
+# (--facts refine), also when drafting (both) or never (none). The Asker
+# and the Truster never see them.
 
 
 def predict_prompt(record, strategy="cot", facts=False):
-    """The question, and where the answer begins."""
-    return question_block(record, facts) + ("Answer:\n" if strategy == "cot" else "Answer by sub-questions:\n")
+    """The question, and the line after which the answer begins."""
+    cue = "Answer:" if strategy == "cot" else "Answer by sub-questions:"
+    return f"{question_block(record, facts)}{cue}\n"
 
 
 def solution_text(solution, answer, strategy="cot"):
@@ -94,349 +115,537 @@ def solution_text(solution, answer, strategy="cot"):
     >>> solution_text([["How many are left?", "5 - 2 = 3 are left."]], "3", "decomp")
     'How many are left? 5 - 2 = 3 are left.\n#### 3'
     """
-    lines = [step if strategy == "cot" else f"{subquestion} {step}".strip() for subquestion, step in solution]
-    return "\n".join([*filter(None, lines), f"#### {answer}"])
+    lines = []
+    for subquestion, step in solution:
+        line = step if strategy == "cot" else f"{subquestion} {step}"
+        lines.append(line.strip())
+    lines.append(f"#### {answer}")
+    return "\n".join(filter(None, lines))
 
 
-def predict(lm, args, records, temperature=0.0):
-    """Step 1: an answer to each question (paper, section 3.1)."""
-    return [output for (output,) in sample_answers(lm, args, records, 1, temperature)]
+def predict(llm, args, records, temperature=0.0):
+    """Step 1: one answer for each question (paper, section 3.1)."""
+    samples = sample_answers(llm, args, records, [0], temperature)
+    return [answer for [answer] in samples]
 
 
-def sample_answers(lm, args, records, k, temperature):
-    """k answers to each question: lists of k outputs."""
-    strategy, facts = lm.strategy or args.strategy, args.facts == "both"
-    shots = [(predict_prompt(e, strategy, facts), solution_text(e["solution"], e["answer"], strategy))
-             for e in lm.exemplars]
-    prompts = [predict_prompt(record, strategy, facts) for record in records]
-    return solutions(lm, args, lm.render(prompts, shots, instruction(args.task, strategy)), k, temperature)
+def sample_answers(llm, args, records, numbers, temperature):
+    """For each question a list of answers, one for each sample number.
+
+    A sample depends on the sample seed, the prompt and its number alone.
+    """
+    strategy = llm.strategy or args.strategy
+    prompts = []
+    for record in records:
+        prompt = predict_prompt(record, strategy, facts=args.facts == "both")
+        prompts.append(render(llm, args, prompt, strategy))
+    return write_answers(llm, args, prompts, numbers, temperature)
 
 
-def solutions(lm, args, prompts, k=1, temperature=0.0):
-    """Continue prompts up to the answer line (a base model at most up to a blank line), and read the answer."""
-    stop = ANSWER_LINE[TASKS[args.task]["answer"]] + r"[^\n]*\n" + ("" if lm.chat else r"|\n\n|\n(?=Question:)")
-    outputs = lm.generate(prompts, args.max_new_tokens, stop, k, temperature)
-    return [[{**output, "answer": extract_answer(args.task, output["text"])} for output in samples]
-            for samples in outputs]
+def write_answers(llm, args, prompts, numbers, temperature):
+    """Let the LLM continue each prompt up to its answer line, and read the answer."""
+    stop = ANSWER_LINE[answer_kind(args.task)] + r"[^\n]*\n"
+    if not llm.chat:  # a base model would go on with a new question
+        stop += r"|\n\n|\n(?=Question:)"
+    results = llm.generate(prompts, args.max_new_tokens, stop, numbers, temperature)
+    for samples in results:
+        for output in samples:
+            output["answer"] = extract_answer(args.task, output["text"])
+    return results
 
 
-# --- Step 2, ask: which sub-questions should the draft have settled, and does it have to be refined?
+# --- Step 2, ask. The Asker reads the question and the draft. It writes
+# the sub-questions that a correct answer has to settle. Then it decides:
+# does the draft need to be refined?
 
-DECISION = "Refine:"  # stands before the Asker's Yes or No
+DECISION = "Refine:"  # the Asker continues this with " Yes" or " No"
 
 
 def ask_prompt(record, draft):
-    """Question and draft."""
+    """The text that the Asker continues."""
     return f"{question_block(record)}Answer:\n{draft}\nSub-questions:\n"
 
 
 def ask_target(subquestions, refine):
-    r"""What the Asker learns to write.
+    r"""The text that the Asker learns to write: one sub-question a line, then the decision.
 
-    >>> ask_target(["How many are left?"], True)
+    >>> ask_target(["How many are left?"], refine=True)
     'How many are left?\nRefine: Yes'
     """
-    return "\n".join([*subquestions, f"{DECISION} {'Yes' if refine else 'No'}"])
+    decision = "Yes" if refine else "No"
+    return "\n".join([*subquestions, f"{DECISION} {decision}"])
+
+
+MAX_SUBQUESTIONS = 8
+REFINE = r"(?i:refine)[* ]{0,3}:"  # Refine: / **refine**: (the decision follows)
+LIST_END = rf"{REFINE}|(?i:revised answer)[* ]{{0,3}}:"
+BOLD = r"(?<!\w)\*\*|\*\*(?!\w)"  # not the ** of 2**3
+BULLET = r"^(?:[-*+•>#]{1,6}\s+|\d{1,3}[.)](?!\d)\s*)*"  # "- ", "2) ", "1. ", not "1.5 hours"
+NO_WORD = r"(?:\\(?:begin|end)\{[^{}]*\}|[\W_])*"  # \[ or --- or \begin{align*}
+
+# Where the generation of sub-questions stops: at "Refine:", after a line that repeats an earlier
+# one, or after eight lines. Blank lines do not count.
+LINE = rf"(?=[^\n]*\S)(?![^\n]*{REFINE})"  # not blank, not the decision
+ASK_STOP = (
+    rf"{REFINE}"
+    rf"|(?:^|\n){LINE}(?P<asked>[^\n]+)\n(?:(?![^\n]*{REFINE})[^\n]*\n)*?(?P=asked)\n"
+    rf"|\A(?:\s*{LINE}[^\n]+\n){{{MAX_SUBQUESTIONS}}}"
+)
 
 
 def parse_subquestions(text):
-    r"""The lines before the decision, without bullets, twelve at most.
+    r"""The sub-questions in a text of the Asker: one a line, up to the decision or to a repetition.
 
-    >>> parse_subquestions("1. How many are left?\n- Who has them?\nRefine:")
+    >>> parse_subquestions("1. How many are left?\n- **Who has them?**\n**Refine: Yes**")
     ['How many are left?', 'Who has them?']
     """
-    lines = re.split(f"{DECISION}|Revised answer:", text)[0].splitlines()
-    lines = [re.sub(r"^\s*(?:[-*]|\d{1,3}[.)])?\s*", "", line).strip() for line in lines]
-    return [line for line in lines if line][:12]
+    subquestions, seen = [], set()
+    for line in re.split(LIST_END, without_thoughts(text))[0].splitlines():
+        line = re.sub(BULLET, "", re.sub(BOLD, "", line).strip()).strip(" *")
+        key = " ".join(line.casefold().split())
+        if key in seen:
+            break
+        if not re.fullmatch(NO_WORD, line):
+            subquestions.append(line)
+            seen.add(key)
+    return subquestions[:MAX_SUBQUESTIONS]
 
 
-def subquestions_of(record):
-    """The gold sub-questions of a record or exemplar."""
-    return [subquestion for subquestion, _ in record.get("solution", ()) if subquestion]
+def gold_subquestions(record):
+    """The sub-questions in the gold solution of a record."""
+    return [subquestion for subquestion, _ in record.get("solution", []) if subquestion]
 
 
-def ask(lm, args, records, drafts):
-    """Step 2: sub-questions, and `p_refine`, the probability that the draft has to be refined (paper, section 3.2).
+def ask(asker, args, records, drafts):
+    """Step 2: sub-questions, and the probability that the draft is wrong (paper, section 3.2).
 
-    `p_refine` is Yes against No behind "Refine:", which is put behind the sub-questions. Its odds are multiplied by
-    `lm.prior_odds`: training balances both classes, this puts the share of wrong samples back.
+    The Asker writes the sub-questions first. We then append "Refine:" and compare the probabilities
+    of " Yes" and " No" as the next token. Training weighs incorrect and correct drafts equally;
+    `with_prior` corrects the result for how often drafts are incorrect.
+
+    Returns one dict for each record: {"subquestions": list of str, "p_refine": 0 to 1, ...}.
     """
-    shots = [(ask_prompt(e, e["draft"]), ask_target(
-        subquestions_of(e), not is_correct(args.task, e["draft"], e["answer"]))) for e in lm.exemplars]
-    prompts = [ask_prompt(record, draft["text"]) for record, draft in zip(records, drafts)]
-    prompts = lm.render(prompts, shots, instruction(args.task, "ask"))
-    outputs = [output for (output,) in lm.generate(prompts, args.max_new_tokens, DECISION)]
-    asked = [parse_subquestions(output["text"]) for output in outputs]
-    begun = ["\n".join([*subquestions, DECISION]) for subquestions in asked]
-    decisions = lm.choose(prompts, DECISION, (" Yes", " No"), begun)
-    return [{"subquestions": subquestions, "p_refine": with_odds(decision["p"], lm.prior_odds),
-             "tokens": output["tokens"], "prompt_tokens": output["prompt_tokens"] + decision["prompt_tokens"],
-             "stopped": output["stopped"]} for subquestions, decision, output in zip(asked, decisions, outputs)]
+    prompts = []
+    for record, draft in zip(records, drafts):
+        prompt = ask_prompt(record, draft["text"])
+        prompts.append(render(asker, args, prompt, "ask"))
+
+    asked = []
+    begun = []  # what the Asker has "already written" when it decides
+    for [output] in asker.generate(prompts, args.max_new_tokens, ASK_STOP):
+        output["subquestions"] = parse_subquestions(output.pop("text"))
+        asked.append(output)
+        begun.append("\n".join([*output["subquestions"], DECISION]))
+
+    decisions = asker.choose(prompts, begun, (" Yes", " No"))
+    for output, decision in zip(asked, decisions):
+        output["p_refine"] = with_prior(decision["p"], asker.prior_odds)
+        output["prompt_tokens"] += decision["prompt_tokens"]
+        output["failed"] = output["failed"] or decision["failed"]
+    return asked
 
 
-def with_odds(p, odds):
+def with_prior(p, odds):
     """The probability whose odds are those of `p` times `odds`.
 
-    >>> with_odds(0.5, 3), with_odds(1.0, 3)
-    (0.75, 1.0)
+    >>> with_prior(0.5, 3)
+    0.75
     """
     return p * odds / (p * odds + 1 - p)
 
 
-# --- Step 3, refine: an answer along the sub-questions
+# --- Step 3, refine. The LLM answers again, along the sub-questions.
 
 
 def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
-    """Question, draft and sub-questions. Without sub-questions the draft is shown in any case."""
-    shown = f"Answer:\n{draft}\n" if show_draft or not subquestions else ""
-    asked = "".join(line + "\n" for line in ["Sub-questions:", *subquestions]) if subquestions else ""
-    return f"{question_block(record, facts)}{shown}{asked}Revised answer:\n"
+    """The question, the draft and the sub-questions.
+
+    Without sub-questions the draft is always shown: there would be nothing to refine.
+    """
+    prompt = question_block(record, facts)
+    if show_draft or not subquestions:
+        prompt += f"Answer:\n{draft}\n"
+    if subquestions:
+        prompt += "\n".join(["Sub-questions:", *subquestions, ""])
+    return prompt + "Revised answer:\n"
 
 
-def refine(lm, args, records, drafts, asked=None):
-    """Step 3: a revised answer along the sub-questions, or where there are none of the draft (paper, section 3.3)."""
-    facts, show_draft, prompts = args.facts != "none", args.show_draft == "yes", []
-    for record, draft, output in zip(records, drafts, asked or [{"subquestions": ()}] * len(records)):
+def refine(llm, args, records, drafts, asked):
+    """Step 3: a refined answer for each draft (paper, section 3.3)."""
+    prompts = []
+    for record, draft, output in zip(records, drafts, asked):
         subquestions = output["subquestions"]
-        shots = [(refine_prompt(e, e["draft"], subquestions_of(e) if subquestions else (), facts, show_draft),
-                  solution_text(e["solution"], e["answer"])) for e in lm.exemplars]
-        prompt = refine_prompt(record, draft["text"], subquestions, facts, show_draft)
-        prompts += lm.render([prompt], shots, instruction(args.task, "refine" if subquestions else "refine_plain"))
-    return [output for (output,) in solutions(lm, args, prompts)]
+        prompt = refine_prompt(record, draft["text"], subquestions,
+                               facts=args.facts != "none",
+                               show_draft=args.show_draft == "yes")
+        step = "refine" if subquestions else "refine_plain"
+        prompts.append(render(llm, args, prompt, step))
+    refined = write_answers(llm, args, prompts, [0], args.refine_temperature)
+    return [answer for [answer] in refined]
 
 
-# --- Step 4, trust: which of the two answers stands?
+# --- Step 4, trust. The Truster reads the question with one answer and
+# gives it a score. It never sees both answers at once, so its scores do
+# not depend on their order.
 
 
-def trust_prompt(record, text):
-    """What the Truster scores."""
-    return f"{question_block(record)}Answer:\n{text}"
+def trust_prompt(record, answer):
+    """The text that the Truster scores."""
+    return f"{question_block(record)}Answer:\n{answer}"
 
 
-def trust(truster, args, records, drafts, refined):
-    """Step 4: the Truster's scores of draft and refinement (paper, section 3.4)."""
-    old, new = (truster.score([trust_prompt(record, answer["text"]) for record, answer in zip(records, answers)])
-                for answers in (drafts, refined))
-    return [{"draft": a["score"], "refined": b["score"], "prompt_tokens": a["prompt_tokens"] + b["prompt_tokens"]}
-            for a, b in zip(old, new)]
-
-
-def choice_prompt(record, first, second):
-    """Step 4 by the LLM itself: the answer is A or B."""
-    return f"{question_block(record)}Answer A:\n{first}\nAnswer B:\n{second}\nBetter answer:\n"
-
-
-def trust_self(lm, args, records, drafts, refined):
-    """Step 4 by the LLM itself: it sees the two answers in both orders, since a model may prefer a place."""
-    pairs = [*zip(drafts, refined), *zip(refined, drafts)]
-    prompts = [choice_prompt(record, a["text"], b["text"]) for record, (a, b) in zip([*records, *records], pairs)]
-    outputs = lm.choose(lm.render(prompts, (), instruction(args.task, "choose")), "Better answer:\n", ("A", "B"))
-    return [{"draft": (a["p"] + 1 - b["p"]) / 2, "refined": (1 - a["p"] + b["p"]) / 2,
-             "prompt_tokens": a["prompt_tokens"] + b["prompt_tokens"]}
-            for a, b in zip(outputs, outputs[len(records):])]
+def trust(truster, args, records, answers):
+    """Step 4: the Truster's score for each answer, {"score", ...} (paper, section 3.4)."""
+    prompts = []
+    for record, answer in zip(records, answers):
+        prompts.append(trust_prompt(record, answer["text"]))
+    return truster.score(prompts)
 
 
 # --- The loop
 
 
-def ask_refine_trust(run, records, threshold):
-    """The paper's loop: {"draft", "asked", "refined", "trust", "final"} for each record, as far as it got.
+def is_readable(output):
+    """Did the model finish the answer, and can the answer be read?"""
+    return output["finished"] and output["answer"] is not None
 
-    `solve` uses it. For the table evaluate.py asks every step about every question instead, and applies the same two
-    rules to the outputs.
+
+def better_answer(draft, refined, draft_score, refined_score):
+    """The answer with the higher score; one that was cut off loses to a finished one."""
+    if is_readable(draft) != is_readable(refined):
+        return draft if is_readable(draft) else refined
+    return refined if refined_score > draft_score else draft
+
+
+def ask_refine_trust(llm, asker, truster, args, record, threshold):
+    """The paper's loop for one question; evaluate.py runs the same steps on many questions.
+
+    Returns {"draft", "asked", "final"}, and where the draft was refined "refined" and "scores".
     """
-    llm, args = run.model("llm"), run.args
-    drafts = predict(llm, args, records, args.draft_temperature)
-    asked = ask(run.model("asker"), args, records, drafts)
-    results = [{"draft": draft, "asked": output, "final": draft} for draft, output in zip(drafts, asked)]
-    doubted = [i for i, output in enumerate(asked) if output["p_refine"] >= threshold]
-    if doubted:
-        records, drafts, asked = ([column[i] for i in doubted] for column in (records, drafts, asked))
-        refined = refine(llm, args, records, drafts, asked)
-        scores = trust(run.model("truster"), args, records, drafts, refined)
-        for i, new, score in zip(doubted, refined, scores):
-            better = new if score["refined"] > score["draft"] else results[i]["draft"]
-            results[i] |= {"refined": new, "trust": score, "final": better}
-    return results
+    [draft] = predict(llm, args, [record], args.draft_temperature)
+    [asked] = ask(asker, args, [record], [draft])
+    result = {"draft": draft, "asked": asked, "final": draft}
+    if asked["p_refine"] >= threshold:
+        [refined] = refine(llm, args, [record], [draft], [asked])
+        outputs = trust(truster, args, [record, record], [draft, refined])
+        scores = [output["score"] for output in outputs]
+        final = better_answer(draft, refined, *scores)
+        result |= {"refined": refined, "scores": scores, "final": final}
+    return result
 
 
-# --- The rival that does all four steps in one text, behind `predict_prompt`
+# ==================================================
+# Part 2. Reading answers
+#
+# What cannot be read is None, which is never correct. Words are never
+# guessed: "No one knows" is not a "no", and "A cat" is not choice A.
+# ==================================================
 
+# What may be before an answer: blanks, ** $ ( - and LaTeX such as \boxed{\text{
+GAP = r"[^\w\n#]{0,10}(?:\\[a-zA-Z]{1,9}[^\w\n#]{1,5}){0,2}"
+DIGIT = "[0-9¼-¾⅐-⅞]"
 
-def end_to_end_target(draft, subquestions, refine, solution):
-    """What it is fine-tuned to write."""
-    text = f"{draft}\nSub-questions:\n{ask_target(subquestions, refine)}"
-    return f"{text}\nRevised answer:\n{solution}" if refine else text
-
-
-def parse_end_to_end(text):
-    r"""The answer that stands at its end.
-
-    >>> parse_end_to_end(end_to_end_target("#### 4", [], True, "#### 3")), parse_end_to_end("#### 4\nSub-questions:\n")
-    ('#### 3', '#### 4')
-    """
-    draft, _, rest = text.partition("\nSub-questions:")
-    return rest.partition("Revised answer:\n")[2] or draft
-
-
-def end_to_end(lm, args, records):
-    """An answer to each question by the model that does everything."""
-    outputs = lm.generate(lm.render([predict_prompt(record) for record in records]), 3 * args.max_new_tokens)
-    texts = [parse_end_to_end(output["text"]) for (output,) in outputs]
-    return [{**output, "text": text, "answer": extract_answer(args.task, text)}
-            for (output,), text in zip(outputs, texts)]
-
-
-# --- Answers: read from what a model wrote, compared as numbers or as yes/no; what cannot be read is None, never right
-
-# What may stand before an answer: blanks, ** $ - " ( and LaTeX such as \boxed{\text{. The bounds keep it fast on junk.
-_SKIP = r"(?!#)(?=[^\w\n#]{0,10}\w)[^\w\n#]{0,10}(?:\\[a-zA-Z]{1,9}[^\w\n#]{1,5}){0,2}"
-_YES_NO = (r"((?i:yes|no|true|false))\b(?![-/]|(?i: or| and (?:yes|no)| one| longer| doubt| matter| idea| clue| way"
-           r"| (?:definite |clear )?(?:information|evidence|data|record|answer))\b)")  # not: yes/no, no one, no idea
-_PHRASE = r"\b(?i:answer(?: to (?:the|this) question)?\W{0,4}(?:is\b|:|=))"  # the answer is; **Answer:**; answer =
-_WINDOW = 5000  # an answer line is read so far, and the fallbacks read so many last characters: junk costs no time
-_HEAD = 100_000  # an answer line is looked for in so many first characters, then in the last ones
-
-# The explicit answer line, `#### 18` or `#### yes`; not a heading as `#### Step 1: ...` or `#### 1. Find ...`.
-ANSWER_LINE = {"number": "####" + _SKIP + r"(?![0-9][.):][ *]{1,3}[A-Za-z])[0-9]", "yes/no": "####" + _SKIP + _YES_NO}
-
-_SIGN = r"((?:(?<![\w)\]}%$€£-])(?<![0-9)] )-)?(?:[$€£] ?-?)?)"  # - -$ $- $; not the - of 10-20, step-3, 16 -3
-_DIGITS = r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"  # 1,000.50 or 12 or .5
-_NUMBER = re.compile(  # not an exponent (m^2, m^{2}); sign; the 3 of 3 1/2; number; denominator
-    r"(?<![0-9^])(?<!\^\{)" + _SIGN + r"(?:([0-9]+) (?=[0-9]+ ?/ ?[0-9]))?" + _DIGITS + "(?: ?/ ?" + _DIGITS + ")?"
+# Yes or no. Not: yes/no, yes and no, "yes?", No. 5. After "no" only these words may follow,
+# which excludes: no one, no idea, no evidence.
+AFTER_NO = "and that|as|because|but|due|for|given|he|if|in|it|she|since|they|when"
+YES_NO = (
+    r"((?i:yes|true)\b(?! +(?i:or|and no)\b)"
+    rf"|(?i:no|false)\b(?! +(?!(?i:{AFTER_NO})\b)\w)(?!\. ?[0-9]))(?![-/|?])"
 )
+# A letter. Not: A cat, A's, A-frame, A/B, "A, B", A or B. Read: B. / (B) Paris / B because ...
+CHOICE = (
+    r"(?:(?i:option|choice|letter)\W{1,3})?([A-J])(?![\w'’/&+-])"
+    r"(?!\W{0,3}(?:[,/&]|\b(?:and|or)\b)\W{0,3}[A-J]\b)"
+    r"(?=[^\w\s]|\s*\n|\s*$| \(| -| (?:as|because|since)\b)"
+)
+# A text that opens with the answer: "Yes, it is", "B) Paris". Not: "Yes it is", "A, as in apple"
+OPENING = {
+    "yes/no": YES_NO + r"(?=[^\S\n]*(?:[^\w\s]|\n|$))",
+    "choice": CHOICE + r"(?=\W*(?:\n|$)|[.)]|(?<![AI])[,:])",
+}
+FIRST = {"number": DIGIT, "yes/no": YES_NO, "choice": CHOICE}
 
-GOLD = {"number": _NUMBER, "yes/no": "yes|no"}  # what a gold answer has to look like
+# What may follow an answer in its line: all but words. Units and LaTeX's \text{ dollars} may.
+UNIT = "[kcm]?m|[km]?g|m?[lL]|ft|mi|lbs?|oz|mph|hrs?|h|min|s|USD|EUR|GBP|thousand|[mb]illion"
+NO_WORDS = (
+    r"(?:[^\w\n#\\]|[0-9_²³¼-¾⅐-⅞]|\\(?:text|math)[a-z]*\{[^{}\n]*\}"
+    r"|\\(?!text|math)[a-zA-Z]*(?![a-zA-Z])|(?<=[0-9])[eE](?=[-+]?[0-9])"
+    rf"|(?<![a-zA-Z])(?:{UNIT}|x(?= ?[0-9]))(?![a-zA-Z]))*(?![^\n])"
+)
+# The answer line: `#### 18`, `#### **$18**.`, `#### yes`. A line with words, as `#### 3 eggs for
+# breakfast`, may be a heading, so it does not match. Generation stops after a line that matches.
+ANSWER_LINE = {kind: f"####{GAP}{first}{NO_WORDS}" for kind, first in FIRST.items()}
+# A line with words is an answer line only if nothing follows it, or only the next question.
+LAST_LINE = r"(?:(?!####)[^\n])*(?![^\n])(?=[\W_]*(?:\Z|Question:))"
+
+# "the answer is", **Answer:**, answer =
+PHRASE = r"\b(?i:answer(?: to (?:the|this) question)?\W{0,4}(?:is\b|:|=))"
+
+# \boxed{...}, with up to three levels of braces in it
+INSIDE = "[^{}]*"
+for _ in range(3):
+    INSIDE = rf"[^{{}}]*(?:\{{{INSIDE}\}}[^{{}}]*)*"
+BOX = rf"\\boxed\s*\{{({INSIDE})\}}"
+
+# --- Numbers
+
+DIGITS = (
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"  # 1,000.50 or 12
+    r"|(?<![\w.])\.[0-9]+)"  # .5
+)
+MINUS = r"(?<![\w)-])(?<![0-9)] )-"  # not the hyphen of 10-20, step-3, 16 -3
+RATIONAL = (
+    rf"(?P<minus>{MINUS})?"
+    r"(?:(?P<whole>[0-9]+) (?=[0-9]+ ?/ ?[0-9]))?"  # the 3 of 3 1/2
+    rf"(?P<above>{DIGITS})(?: ?/ ?(?P<below>{DIGITS}))?"
+)
+NUMBER = re.compile(rf"(?<![0-9]){RATIONAL}(?:[eE](?P<power>[-+]?[0-9]+))?")
+# Arithmetic goes on after a number: 18 + 2, 2(3 + 4), 2^3
+OPERATION = re.compile(r"[(^]| ?[-+*÷] ?\(?-?[0-9]")
+# The arithmetic that opens a line: `9 * 2 = 18` of `9 * 2 = 18 eggs (3 = 2 + 1)`
+EQUATION = re.compile(r"\W*(?:[^A-Za-z(]|(?<=[0-9])[eE](?=[-+]?[0-9])|(?<![0-9.,] )\()*")
+
+# How a gold answer has to look: a number of up to 50 characters that is not divided by 0
+GOLD = {
+    "number": rf"(?=.{{1,50}}$)(?!.*/ ?[0.,]+$){RATIONAL}",
+    "yes/no": "yes|no",
+    "choice": "[A-J]",
+}
+
+SCALE = {"thousand": "e3", "million": "e6", "billion": "e9", "trillion": "e12"}
+REWRITES = [  # LaTeX and Unicode -> plain text, in this order
+    (r"[\u2010-\u2013\u2212]", "-"),  # hyphens, the en dash and the minus sign
+    (  # thousands: 1{,}234 and 1\,234 and no-break or thin spaces -> 1,234
+        r"(?<=[0-9])\{?(?:,\\!|,|\\[,;:! ]|[\u00a0\u2000-\u200a\u202f])\}?"
+        r"(?=[0-9]{3}(?![0-9]))",
+        ",",
+    ),
+    (r"\\[,;:! ]|[^\S\n]", " "),  # other spaces
+    (r"(?<=[0-9])[\\$€£¥₹%]+(?=[0-9])", " "),  # $5$6 -> 5 6
+    (r"\\?[$€£¥₹%]", ""),
+    (rf"(?<=[0-9])(?=\\[dtc]?frac|(?![0-9]){DIGIT})", " "),  # 3½ -> 3 ½
+    (r"[¼-¾⅐-⅞]", lambda found: unicodedata.normalize("NFKC", found[0])),  # ½ -> 1⁄2
+    ("⁄", "/"),
+    (  # \frac{1}{2} and \frac12 -> 1/2
+        r"\\[dtc]?frac *(?:\{ *(-?[0-9.,]+) *\}|([0-9])) *(?:\{ *([0-9.,]+) *\}|([0-9]))",
+        r"\1\2/\3\4",
+    ),
+    (r"\\(?:times|cdot)(?![a-z])|×|(?<=[0-9]) ?x ?(?=[0-9])", " * "),
+    (r"(?<=[0-9]) +\* +10 ?\^ ?\{?(-?[0-9]{1,2})\}?", r"e\1"),  # 2 * 10^3 -> 2e3
+    (r"\^ ?\{? ?-?[0-9.]+", "^"),  # m^2 -> m^
+    (r"\\(?:text|math|mbox|left|right|displaystyle)[a-z]*|[{}]", " "),
+    (r"\\[a-zA-Z]+", ";"),
+    (r" +", " "),
+    (r"= - (?=[.0-9])", "= -"),  # 2 - 7 = - 5
+    (  # 1.5 million -> 1.5e6
+        rf"(?<=[0-9])[ *]*((?i:{'|'.join(SCALE)}))s?\b",
+        lambda found: SCALE[found[1].lower()],
+    ),
+]
+REWRITES = [(re.compile(old), new) for old, new in REWRITES]
 
 
-def _plain(text):
-    r"""LaTeX and Unicode made plain: `9{,}500` is 9,500 and `3\frac{1}{2}` is 3 1/2; other commands become a blank."""
-    for old, new in [("−", "-"), ("–", "-"), ("{,}", ","), ("\\,", ","), ("\\!", ""), ("\\$", "$")]:
-        text = text.replace(old, new)
-    text = re.sub(r"(?<=[0-9])\\(?=[dt]?frac)", r" \\", text)
-    text = re.sub(r"\\[dt]?frac\{([0-9.,]+)\}\{([0-9.,]+)\}", r"\1/\2", text)
-    return re.sub(r"\\[a-zA-Z]{1,20}", " ", text)
+def plain(text):
+    r"""The text without LaTeX, currencies and special characters.
 
-
-def _number(text, last=False):
-    """The first number of the first line (`9 * 2 = 18` counts as its result), or the last number of the text.
-
-    >>> _number("$1,000.50 (see step 2)"), _number("9 * 2 = $18 a day"), _number("1/3 of 10", last=True), _number("1/0")
-    ('1000.5', '18', '10', None)
+    >>> plain(r"\$9{,}500 or 3\frac{1}{2} million")
+    '9,500 or 3 1/2e6'
     """
-    text = _plain(text[:_WINDOW] if last else text[:_WINDOW].split("\n")[0])
-    if last:
-        found = ([None] + list(_NUMBER.finditer(text)))[-1]
-    else:
-        result = re.match(r"\W*[^A-Za-z(]*", text)[0].rpartition("=")[2]
-        found = _NUMBER.search(result) or _NUMBER.search(text)
-    if not found or len(found[0]) > 100:  # longer ones are runaway text, and Python refuses the longest
+    for old, new in REWRITES:
+        text = old.sub(new, text)
+    return text
+
+
+def canonical(found):
+    """A match of NUMBER as 1000.5 or 1/3; None for 1/0 and for more than 100 characters."""
+    if not found or len(found[0]) > 100:
         return None
-    sign, whole, number, below = ((part or "").replace(",", "") for part in found.groups())
-    if below and Fraction(below) == 0:
+    parts = {name: (part or "").replace(",", "") for name, part in found.groupdict().items()}
+    below, power = Fraction(parts["below"] or 1), parts["power"] or "0"
+    if below == 0 or len(power) > 3:
         return None
-    value = Fraction(whole or 0) + Fraction(number) / Fraction(below or 1)
-    minus = "-" if "-" in sign and value else ""
-    text = f"{minus}{value}"
-    if 10**20 % value.denominator == 0:  # a decimal of up to 20 places, not as 1/3
-        decimals = f"{int(value % 1 * 10**20):020}".rstrip("0")
-        text = f"{minus}{int(value)}.{decimals}".rstrip(".")
-    return text if len(text) <= 100 else None  # so that it reads as itself
+    value = Fraction(parts["whole"] or 0) + Fraction(parts["above"]) / below
+    value *= Fraction(10) ** int(power)
+    text = str(value)
+    if 10**20 % value.denominator == 0:  # up to 20 decimals; others, as 1/3, stay exact
+        digits = f"{int(value * 10**20):021}"
+        text = f"{digits[:-20]}.{digits[-20:]}".rstrip("0").rstrip(".")
+    if parts["minus"] and value:
+        text = "-" + text
+    return text if len(text) <= 100 else None
+
+
+def solve(equation):
+    """The number that an equation states, on either side.
+
+    >>> solve("9 * 2 = 18"), solve("20 = 18 + 2"), solve("- 5")
+    ('18', '20', '-5')
+    """
+    for side in reversed(equation.split("=")):
+        side = re.sub(r"^([^\w.-]*)- (?=[.0-9])", r"\1-", side)
+        found = NUMBER.search(side)
+        if found and not OPERATION.match(side, found.end()):
+            return canonical(found)
+    return canonical(NUMBER.search(equation))
+
+
+# --- Reading
+
+
+def without_thoughts(text):
+    """The text without <think>...</think>. An unclosed thought goes on to the end of the text.
+
+    >>> without_thoughts("<think>7? No.</think>5"), without_thoughts("7? No.</think>5")
+    ('5', '5')
+    """
+    kept, start, thinking = [], 0, False
+    for tag in re.finditer(r"(?i)<(/?)(?:think|thinking|thought|reasoning)\b[^<>]*>", text):
+        if tag[1] and not thinking:
+            kept = []  # the prompt opened this thought
+        elif not tag[1] and not thinking:
+            kept.append(text[start : tag.start()])
+        start, thinking = tag.end(), not tag[1]
+    if not thinking:
+        kept.append(text[start:])
+    return "".join(kept)
+
+
+def up_to(stop, text):
+    """The text up to the end of the first match of the regex `stop`, or the whole text."""
+    found = re.search(stop, text) if stop else None
+    return (text[: found.end()] if found else text).strip()
 
 
 def extract_answer(task, text):
-    r"""The answer in a model's text, in canonical form, or None. The first `####` line wins: the rest is past the stop.
+    r"""The answer in a text in canonical form, or None.
 
-    Failing that, for a number: the last \boxed{}, the last "the answer is", the last number; for yes/no: the last "the
-    answer is", or a text that opens with the bare word. Never a guess: "No one knows" and "I do not know" are None.
+    The first of these counts: the first answer line, the last \boxed{}, the last "the answer is",
+    the last number. The last resort for yes/no and choices is a text that opens with the answer.
 
-    >>> extract_answer("gsm8k", "9 * 2 = 18\n#### **$1,018.00**\n\nQuestion: 3"), extract_answer("gsm8k", "9 - 2 = 7.")
-    ('1018', '7')
-    >>> extract_answer("strategyqa", "So the answer is **No**."), extract_answer("strategyqa", "No one knows.")
+    >>> extract_answer("gsm8k", "So 9 * 2 = 18.\n#### **$1,018.00**\n")
+    '1018'
+    >>> extract_answer("strategyqa", "No, it sinks."), extract_answer("strategyqa", "No one knows.")
     ('no', None)
     """
-    text, kind = text or "", TASKS[task]["answer"]
-    head, tail = text[:_HEAD], text[-_WINDOW:]  # a page of junk costs no time
-    line = re.search(ANSWER_LINE[kind], head) or re.search(ANSWER_LINE[kind], tail)
+    return read_answer(answer_kind(task), text)
+
+
+def read_answer(kind, text):
+    """The same for a kind of answer: "number", "yes/no" or "choice"."""
+    text = without_thoughts(text).strip()
+    line = re.search(f"####({GAP}{FIRST[kind]}(?:{NO_WORDS}|{LAST_LINE}))", text)
+    boxes = re.findall(BOX, text)
     if kind == "number":
-        if line:
-            return _number(line.string[line.start() + 4 :])
-        for marker in (r"\\boxed", _PHRASE):
-            found = list(re.finditer(marker + "(?=" + _SKIP + "[0-9])", tail))
-            if found:
-                return _number(tail[found[-1].end() :])
-        return _number(tail, last=True)
-    words = [line[1]] if line else re.findall(rf"(?:{_PHRASE}|\\boxed)\s{{0,3}}{_SKIP}{_YES_NO}", tail)
-    opening = re.match(rf"{_SKIP}{_YES_NO}(?=[^\S\n]*(?:[^\w\s]|\n|$))", text.strip()[:_WINDOW])
-    word = words[-1] if words else opening[1] if opening else ""
-    return {"yes": "yes", "true": "yes", "no": "no", "false": "no"}.get(word.lower())
+        return read_number(line, boxes, text)
+    return read_word(kind, line, boxes, text)
+
+
+def read_number(line, boxes, text):
+    """The number in the answer line, else in the last box that has one, else in the text."""
+    if line:
+        return solve(EQUATION.match(plain(line[1]))[0])
+    boxes = [box for box in boxes if re.search(DIGIT, box)]
+    if boxes:
+        return solve(plain(boxes[-1].replace("\n", " ")))
+    text = plain(text)
+    said = list(re.finditer(rf"{PHRASE}(?={GAP}[0-9])", text))
+    if said:
+        return solve(EQUATION.match(text[said[-1].end() :].split("\n")[0])[0])
+    return canonical(([None] + list(NUMBER.finditer(text)))[-1])
+
+
+def read_word(kind, line, boxes, text):
+    """The word in the answer line, else in the last box or phrase, else the first word."""
+    word = re.compile(GAP + FIRST[kind])
+    boxes = [box.strip() for box in boxes if word.match(box.strip())]
+    if line or boxes:
+        answer = word.match(line[1] if line else boxes[-1])[1]
+    else:
+        said = re.findall(rf"{PHRASE}\s{{0,3}}{GAP}{FIRST[kind]}", text)
+        answer = said[-1] if said else first_word(kind, text)
+    if kind == "yes/no":
+        answer = {"true": "yes", "false": "no"}.get(answer.lower(), answer.lower())
+    return answer or None
+
+
+def first_word(kind, text):
+    """The answer that opens the text, unless another line opens with another answer."""
+    opening = GAP + OPENING[kind]
+    first = re.match(opening, text)
+    answers = {answer.lower() for answer in re.findall(rf"(?:^|\n){opening}", text)}
+    return first[1] if first and len(answers) == 1 else ""
 
 
 def is_correct(task, text, gold):
-    """Does the text's answer equal the gold one? No answer is wrong.
-
-    >>> is_correct("gsm8k", "#### $1,000.00", "1000"), is_correct("gsm8k", "I do not know", "18")
-    (True, False)
-    """
+    """Whether the answer in the text equals the gold answer. No answer is incorrect."""
     answer = extract_answer(task, text)
     return answer is not None and answer == extract_answer(task, f"#### {gold}")
 
 
-def verdict(task, output, gold):
-    """Is an answer right? One that was cut off is not, whatever its last number."""
-    return output["stopped"] and is_correct(task, output["text"], gold)
+# ==================================================
+# Part 3. Files and flags
+# ==================================================
 
-
-# ======================================================================================================================
-# Part 2. Data and commands: tasks, files, flags; `sample`, `subquestions`, `solve`.
-# ======================================================================================================================
-
-TASKS = {  # how an answer is read; the command that makes the data; whose exemplars.jsonl it has. A new task: one line
-    "toy": {"answer": "number", "prepare": "data/toy/prepare.py", "exemplars": "toy"},
-    "gsm8k": {"answer": "number", "prepare": "data/prepare.py gsm8k", "exemplars": "gsm8k"},
-    "gsm8k-offline": {"answer": "number", "prepare": "data/prepare.py gsm8k-offline --files DIR", "exemplars": "gsm8k"},
-    "strategyqa": {"answer": "yes/no", "prepare": "data/prepare.py strategyqa", "exemplars": "strategyqa"},
+# The kind of answer, and the script that makes the data. Other tasks are
+# folders of data/ with a task.json that holds the same.
+TASKS = {
+    "toy": {"answer": "number", "prepare": "data/toy/prepare.py"},
+    "gsm8k": {"answer": "number", "prepare": "data/prepare.py gsm8k"},
+    "strategyqa": {"answer": "yes/no", "prepare": "data/prepare.py strategyqa"},
 }
+SAVED = "finished work is saved; run the same command again to resume"
 
 
 class UserError(Exception):
-    """Something the user can mend; its text is the one line they see."""
+    """Something the user can fix. Its text is the one line they see."""
 
 
-class NotTrained(UserError):
-    """An adapter is not there, or not finished."""
+def answer_kind(task):
+    """"number", "yes/no" or "choice"."""
+    return TASKS[task]["answer"]
 
 
-def read_jsonl(path, mend):
-    """The records of a JSONL file; `mend` says where it comes from."""
+def find_tasks(data):
+    """Add the tasks of the folder `data` to TASKS."""
+    for path in data.glob("*/task.json"):
+        about = {"prepare": f"data/prepare.py csv FILE --task {path.parent.name}",
+                 **read_json(path)}
+        if about.get("answer") not in GOLD:
+            raise UserError(f"{path}: \"answer\" must be one of {', '.join(GOLD)}")
+        TASKS[path.parent.name] = about
+
+
+def read_jsonl(path, fix):
+    """The records of a JSONL file; `fix` tells the user how to make the file."""
     if not Path(path).is_file():
-        raise UserError(f"{path} is missing: {mend}")
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    records = {number: parse_line(line) for number, line in enumerate(lines, 1) if line.strip()}
-    for number, record in records.items():
-        if record is None:
-            raise UserError(f"{path}, line {number}: not a JSON object; mend or delete that line")
-    return list(records.values())
+        raise UserError(f"{path} is missing: {fix}")
+    records = []
+    lines = Path(path).read_text("utf-8-sig", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line or "{}")
+            json.dumps(record, ensure_ascii=False).encode()  # fails for half a character
+            record.keys()
+        except (ValueError, RecursionError, AttributeError):
+            raise UserError(f"{path}, line {number}: not a JSON object; fix or delete it") from None
+        if record:
+            records.append(record)
+    return records
 
 
-def parse_line(line):
-    r"""The JSON object of a line; None if it is none, or holds half a character, which nobody can write or tokenize.
-
-    >>> parse_line('{"a": 1}'), parse_line('{"a": '), parse_line('{"a": "\\ud800"}')
-    ({'a': 1}, None, None)
-    """
+def read_json(path):
+    """The dictionary in a JSON file; {} if there is no such file."""
     try:
-        record = json.loads(line)
-        json.dumps(record, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
+        return {**json.loads(path.read_text("utf-8-sig"))} if path.is_file() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is not a JSON object: fix or delete it") from None
 
 
 def write(path, content):
-    """Write text, a list of records or a dictionary, whole or not at all."""
+    """Write a text, a list of records or a dictionary, completely or not at all."""
     if isinstance(content, list):
-        content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in content]
+        content = "".join(lines)
     elif isinstance(content, dict):
         content = json.dumps(content, indent=1) + "\n"
     part = Path(f"{path}.{os.getpid()}.part")  # two processes may write the same file
@@ -445,429 +654,109 @@ def write(path, content):
     part.replace(path)
 
 
-def load_task(task, split, limit=None, data=ROOT / "data"):
-    """Records of data/<task>/<split>.jsonl (split: train, dev or test), the first `limit` of them."""
-    path = Path(data) / task / f"{split}.jsonl"
-    mend = f"make it with: python {TASKS[task]['prepare']}"
-    records, gold = read_jsonl(path, mend)[:limit], GOLD[TASKS[task]["answer"]]
-    if not records:
-        raise UserError(f"{path} is empty: {mend}")
-    for number, record in enumerate(records, 1):
-        if missing := {"id", "question", "answer"} - record.keys():
-            raise UserError(f"{path}, line {number}: no {', '.join(sorted(missing))} in this record")
-        if not re.fullmatch(gold, str(record["answer"])):  # else a part might pass for it
-            raise UserError(f"{path}, line {number}: the answer {record['answer']!r} is not a "
-                            f"{TASKS[task]['answer']} and nothing else")
-    distinct_ids(records)
-    return records
+def fault_of(record, kind):
+    """What is wrong with a record, or None.
+
+    >>> fault_of({"id": "a", "question": "How many?", "answer": "six"}, "number")
+    "the answer 'six' is not a number"
+    """
+    def texts(values):
+        return isinstance(values, list) and all(isinstance(text, str) for text in values)
+
+    for key in ("id", "question"):
+        value = record.get(key)
+        if not isinstance(value, str) or not value.strip():
+            return f'"{key}" is not a text'
+    answer = record.get("answer")
+    if not isinstance(answer, str) or not re.fullmatch(GOLD[kind], answer):
+        return f"the answer {answer!r} is not a {kind}"
+    solution = record.get("solution", [])
+    if not isinstance(solution, list) or not all(texts(step) and len(step) == 2
+                                                 for step in solution):
+        return '"solution" is not a list of [sub-question, step] pairs'
+    return None if texts(record.get("facts", [])) else '"facts" is not a list of texts'
 
 
 def load_split(args, split):
-    """The records of a split that --limit and, for train, --limit-train leave."""
-    limits = [args.limit, args.limit_train if split == "train" else None]
-    return load_task(args.task, split, min(filter(None, limits), default=None), args.data)
+    """The records of a split (train, dev or test) that --limit and --limit-train leave.
 
-
-def distinct_ids(records):
-    """Refuse an id that stands for two records: one would get the samples of the other."""
-    counts = collections.Counter(record["id"] for record in records)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise UserError(f"an id stands for two records, {twice[0]}: they must differ, also between splits")
-
-
-def load_exemplars(task, shots, data=ROOT / "data"):
-    """The first `shots` hand-written exemplars of a task; none of them is an item of its data."""
-    paths = [Path(folder) / TASKS[task]["exemplars"] / "exemplars.jsonl" for folder in (data, ROOT / "data")]
-    path = next((path for path in paths if path.is_file()), None)
-    return read_jsonl(path, "")[:shots] if shots and path else []
-
-
-def load_run(folder, file="records.jsonl"):
-    """The records of a finished run as columns: {"id": array, "right.art": array, "ask.asker.p_refine": array, ...}.
-
-    Those of test; of dev with "dev.jsonl". Where a record lacks a value it is None.
+    All splits are checked, and all faults are listed in one message.
     """
-    records, columns = read_jsonl(Path(folder) / file, "make it with: evaluate.py"), {}
-    for number, record in enumerate(records):
-        values = [*record.items()]
-        for name, value in values:  # it grows
-            if isinstance(value, dict):
-                values += [(f"{name}.{key}", inner) for key, inner in value.items()]
-            else:
-                columns.setdefault(name, np.full(len(records), None))[number] = value
-    return {name: column if any(value is None or isinstance(value, list) for value in column)
-            else np.array(column.tolist()) for name, column in columns.items()}
+    faults, ids, kept = [], set(), []
+    for name in ("train", "dev", "test"):
+        path = args.data / args.task / f"{name}.jsonl"
+        fix = f"run python {TASKS[args.task]['prepare']}"
+        records = read_jsonl(path, fix) if name == split or path.is_file() else []
+        for number, record in enumerate(records, 1):
+            fault = fault_of(record, answer_kind(args.task))
+            if not fault and record["id"] in ids:
+                fault = f"duplicate id {record['id']}, ids must be unique across all splits"
+            if fault:
+                faults.append(f"{path}, line {number}: {fault}")
+            ids.add(str(record.get("id")))
+        kept = records if name == split else kept
+    if faults or not kept:
+        more = f" ... and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise UserError(f"fix or delete these records: {'; '.join(faults[:20])}{more}" if faults
+                        else f"there are no questions in {split}: {fix}")
+    limits = [args.limit, args.limit_train if split == "train" else None]
+    return kept[: min(filter(None, limits), default=None)]
 
 
 def load_samples(args, records):
-    """{id: {"samples": [...], "draft": ...}} from `python art.py sample`, for all of `records`."""
-    path, mend = args.runs / args.task / "samples.jsonl", f"make it with: python art.py sample --task {args.task}"
-    sampled = {line["id"]: line for line in read_jsonl(path, mend)}
-    distinct_ids(records)
-    if lacking := sum(record["id"] not in sampled for record in records):
-        raise UserError(f"{path} lacks {lacking} of {len(records)} questions: {mend}, with the same limits")
-    return sampled
+    """{id: line of samples.jsonl}; a line is {"id", "samples", and of dev questions "draft"}."""
+    path = args.shared / "samples.jsonl"
+    fix = f"run python data/sample.py --task {args.task} --preset {args.preset}"
+    lines = {line["id"]: line for line in read_jsonl(path, fix)}
+    missing = sum(record["id"] not in lines for record in records)
+    if missing:
+        raise UserError(f"{path} has no samples for {missing} of {len(records)} questions: {fix}, "
+                        "with the same limits")
+    return lines
 
 
-def labels_of(sampled):
-    """{text: correct} of the different samples of a question; one that failed teaches nothing."""
-    return {sample["text"]: sample["correct"] for sample in sampled["samples"] if not sample.get("failed")}
+def distinct_samples(lines, record):
+    """{text: is it correct?} of the samples of a question; failed ones teach nothing."""
+    samples = lines[record["id"]]["samples"]
+    return {one["text"]: one["correct"] for one in samples if not one["failed"]}
 
 
-def question_hash(record):
-    """A hash of a question's words: adapters remember which questions they were trained on."""
-    return short_hash(re.findall(r"\w+", record["question"].casefold()))
+def too_few(args, lines, what):
+    """The error for samples that nothing can be learned from: cause and command."""
+    if not any(one["finished"] for line in lines.values() for one in line["samples"]):
+        return UserError(f"{what}, since all were cut off: raise --max-new-tokens")
+    return UserError(f"{what}: run python data/sample.py --task {args.task} --preset {args.preset} "
+                     "--k 8, or take another LLM (--model)")
+
+
+def load_columns(folder, file="records.jsonl"):
+    """The records of a run as numpy columns: {"id": array, "correct.art": array, ...}.
+
+    A dictionary in a record becomes columns with a dot, as "ask.p_refine". The other `file` is
+    dev.jsonl. Missing values are None.
+    """
+    import numpy as np
+    columns = {}
+    records = read_jsonl(Path(folder) / file, "run python evaluate.py")
+    for number, record in enumerate(records):
+        for name, value in record.items():
+            for key, part in value.items() if isinstance(value, dict) else [("", value)]:
+                column = columns.setdefault(f"{name}.{key}".rstrip("."), [None] * len(records))
+                column[number] = part
+    return {name: np.array(column, object if {list, type(None)} & {*map(type, column)} else None)
+            for name, column in columns.items()}
 
 
 def auc(scores, labels):
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties half; None without both.
+    """The probability that a positive scores above a negative, ties half; None without both.
 
-    >>> auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1])
+    >>> auc([0.1, 0.4, 0.35, 0.8], [False, False, True, True])
     0.75
     """
+    import numpy as np
     scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
     pairs = scores[labels][:, None] - scores[~labels][None, :]
-    return float(((pairs > 0) + 0.5 * (pairs == 0)).mean()) if pairs.size else None
-
-
-# --- Flags. What a user leaves out is taken from llm.json (the settings of the last `sample`), else from the preset.
-
-PRESETS = {
-    "toy": {"model": "data/toy/base", "asker_model": "data/toy/base", "truster_model": "data/toy/base", "k": 4,
-            "shots": 0, "draft_temperature": 0.7, "max_new_tokens": 128, "max_length": 512, "kv_gib": 0.25, "lr": 2e-3,
-            "asker_batch": (32, 1), "truster_batch": (8, 1), "task_epochs": 1, "epochs": 1, "save_steps": 50},
-    "small": {"model": "Qwen/Qwen2.5-0.5B-Instruct", "asker_model": "Qwen/Qwen2.5-0.5B-Instruct",
-              "truster_model": "Qwen/Qwen2.5-0.5B-Instruct", "k": 3, "max_new_tokens": 512, "max_length": 1024,
-              "kv_gib": 0.5, "lr": 2e-4, "asker_batch": (4, 4), "truster_batch": (1, 8), "task_epochs": 2, "epochs": 1,
-              "save_steps": 25},
-    "t4": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",
-           "truster_model": "Qwen/Qwen2.5-1.5B", "k": 4, "max_new_tokens": 512, "max_length": 1024, "kv_gib": 4.0,
-           "lr": 2e-4, "asker_batch": (4, 8), "truster_batch": (1, 16), "task_epochs": 2, "epochs": 1,
-           "save_steps": 50, "limit_train": 2000},  # so that a free Colab session holds it
-    "16gb": {"model": "Qwen/Qwen3-8B", "asker_model": "Qwen/Qwen3-4B-Base", "truster_model": "Qwen/Qwen3-4B-Base",
-             "k": 4, "max_new_tokens": 512, "max_length": 1024, "kv_gib": 6.0, "lr": 2e-4, "asker_batch": (4, 8),
-             "truster_batch": (1, 16), "task_epochs": 2, "epochs": 1, "save_steps": 50, "limit_train": 2000},
-    "24gb": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf",
-             "truster_model": "NousResearch/Llama-2-13b-hf", "k": 5, "max_new_tokens": 512, "max_length": 1024,
-             "kv_gib": 8.0, "lr": 2e-4, "asker_batch": (4, 8), "truster_batch": (1, 16), "task_epochs": 3, "epochs": 1,
-             "save_steps": 50},
-}
-DEFAULTS = {"bits": 4, "chat": "auto", "strategy": "cot", "facts": "refine", "show_draft": "no", "temperature": 0.7,
-            "draft_temperature": 0.0, "sample_seed": 0}
-LLM_KEYS = ["preset", "model", "base_url", "k", "limit_train", "shots", "max_new_tokens", *DEFAULTS]  # kept in llm.json
-
-
-def make_parser(doc, training=None):
-    """A parser with the flags that all scripts share. `training`: "asker" or "truster" adds those of a training."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    often, seldom = parser.add_argument_group("often"), parser.add_argument_group("seldom")
-    add = often.add_argument
-    add("--task", default="toy", choices=TASKS, help="the task (default toy: nothing to download)")
-    add("--preset", choices=PRESETS, help="models and sizes (default toy; small: any machine; others: a GPU); "
-                                      "every flag wins over it")
-    add("--limit", type=positive, metavar="N", help="only the first N questions of each split")
-    add("--limit-train", type=positive, metavar="N", help="only the first N training questions (default by preset)")
-    add("--run", default="default", metavar="NAME", help="folder of adapters and tables, runs/<task>/NAME")
-    if not training:
-        add("--model", help="the LLM: a folder or Hub id, or its name on the server")
-        add("--base-url", help="an OpenAI-compatible server that runs the LLM; the key is read from OPENAI_API_KEY")
-    add = seldom.add_argument
-    add("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="folder of all runs (default runs)")
-    add("--data", type=Path, default=ROOT / "data", metavar="DIR", help="folder of the tasks (default data)")
-    add("--seed", type=int, default=0, help="seed of training and of resampling (default 0)")
-    add("--kv-gib", type=float, metavar="GIB", help="memory for the keys and values of a batch; lower it if memory "
-                                                    "runs out (default by preset)")
-    add("--compute", choices=("auto", "fp32"), default="auto", help="number format of products on a GPU (default auto: "
-        "bf16, or fp16 where the card lacks it; fp32 is slow, and the way out where fp16 overflows)")
-    add("--max-new-tokens", type=positive, metavar="N", help="longest answer; longer ones are cut off and counted")
-    if training:
-        add_training_flags(often.add_argument, seldom.add_argument, training)
-    else:
-        add_llm_flags(add)
-    return parser
-
-
-def add_llm_flags(add):
-    """How the LLM is asked."""
-    add("--bits", type=int, choices=(4, 16, 32), help="precision of the LLM's weights in bits (default 4: nf4)")
-    add("--concurrency", type=positive, default=8, metavar="N", help="requests to the server at a time (default 8)")
-    add("--chat", choices=("auto", "yes", "no"), help="use the chat template (default auto: if there is one)")
-    add("--shots", type=int, metavar="N", help="exemplars before each question (default 0 for chat models, else 8)")
-    add("--strategy", choices=("cot", "decomp"), help="the draft's: chain of thought or sub-questions (default cot)")
-    add("--facts", choices=("refine", "both", "none"),
-        help="where StrategyQA's facts are shown (default refine, as in the paper; both: to predict too)")
-    add("--show-draft", choices=("yes", "no"), help="does the LLM see its draft when it refines along sub-questions?")
-    add("--temperature", type=temperature, help="temperature of the samples (default 0.7; none: the server's own)")
-    add("--draft-temperature", type=temperature, help="temperature of the drafts (default 0: greedy)")
-    add("--sample-seed", type=int, metavar="SEED", help="seed of everything sampled (default 0)")
-    add("--fresh", action="store_true", help="ask anew what this model was asked before with the same settings")
-
-
-def add_training_flags(often, seldom, which):
-    """How an adapter is trained."""
-    what = "examples" if which == "asker" else "questions"
-    often(f"--{which}-model", metavar="MODEL", help="base model, a folder or Hub id (default by preset)")
-    often("--overwrite", action="store_true",
-          help="delete what this run trained before, and what started from it; train anew")
-    seldom("--adapter-bits", type=int, default=4, choices=(4, 16, 32),
-           help="precision of the frozen weights in bits (default 4: nf4)")
-    seldom("--lr", type=float, help="peak learning rate (default by preset; 2e-4 is QLoRA's for 7B and 13B)")
-    seldom("--rank", type=positive, default=16, help="rank of the LoRA matrices, alpha is twice that (default 16)")
-    seldom("--epochs", type=float, help="passes over the examples (default by preset)")
-    seldom("--batch-size", type=positive, metavar="N", help=f"{what} at a time; lower it if memory runs out")
-    seldom("--accumulate", type=positive, metavar="N", help="batches added up before a step")
-    seldom("--max-length", type=positive, metavar="N", help="tokens; longer examples are left out, never cut")
-    seldom("--save-steps", type=positive, metavar="N", help="steps between checkpoints")
-    seldom("--report-to", default="none", metavar="TRACKER", help="trackio, wandb or tensorboard (default none)")
-    seldom("--push", metavar="REPO", help="upload the trained adapter and a model card to this repository of the Hub; "
-                                          "a new one is private")
-
-
-def positive(text):
-    """A whole number of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
-    return int(text)
-
-
-def temperature(text):
-    """A number of at least 0, or the word none."""
-    if not re.fullmatch(r"none|[0-9]+\.?[0-9]*|\.[0-9]+", text):
-        raise argparse.ArgumentTypeError(f"{text} is neither a number of 0 or more nor none")
-    return text if text == "none" else float(text)
-
-
-def parse(parser, argv=None, training="asker"):
-    """Arguments, completed by llm.json (but for `sample`, which writes it), the preset and DEFAULTS, in this order."""
-    args = parser.parse_intermixed_args(argv)  # flags may stand between solve and its question
-    path = args.runs / args.task / "llm.json"
-    kept = {} if getattr(args, "command", "") == "sample" or not path.is_file() else json.loads(path.read_text("utf-8"))
-    if getattr(args, "base_url", None) and not args.model and not kept.get("base_url"):
-        raise UserError("--base-url needs --model NAME, the LLM's name on that server")
-    if getattr(args, "model", None) not in (None, kept.get("model")):
-        kept = {"preset": kept.get("preset")}  # another LLM has settings of its own
-    args.preset = args.preset or kept.get("preset") or "toy"
-    preset = PRESETS[args.preset]
-    batch_size, accumulate = preset[f"{training}_batch"]
-    defaults = {**DEFAULTS, **preset, "batch_size": batch_size, "accumulate": accumulate}
-    for key, value in {**defaults, **kept}.items():
-        if getattr(args, key, value) is None:
-            setattr(args, key, value)
-            if value != defaults.get(key):
-                print(f"from {path}: {key} {value}")
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run) or args.run == "said":
-        raise UserError("--run is a plain name, and not said: letters, digits, dot, hyphen, underscore")
-    if args.task != "toy" and PRESETS["toy"]["model"] in [getattr(args, k, "") for k in ("model", "asker_model")]:
-        print("warning: the toy's model reads nothing but questions worded as the toy's: "
-              f"for {args.task} give --preset or --model", file=sys.stderr)
-    return args
-
-
-# --- A run, and the commands of this file
-
-
-class Run:
-    """The models of a run: the LLM, and the adapters of runs/<task>/<run>; at most one of them is in memory."""
-
-    def __init__(self, args):
-        self.args, self.models, self.offline = args, {}, False  # offline: nothing may be asked
-        self.task = args.runs / args.task  # what its runs share
-        self.folder = self.task / args.run
-
-    def adapter(self, name):
-        """Folder of an adapter: "asker", "finetuned" or "end_to_end", or "truster"."""
-        other = getattr(self.args, "truster_from" if name == "truster" else "asker_from", None)
-        return self.task / (other or self.args.run) / name
-
-    def trained(self, name):
-        """args.json of an adapter: what made it, and its figures; {} if it is not finished."""
-        path = self.adapter(name) / "args.json"
-        about = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        return about if "steps" in about else {}
-
-    def about(self, name):
-        """args.json of an adapter that has to be finished."""
-        if about := self.trained(name):
-            return about
-        folder, script = self.adapter(name), "truster" if name == "truster" else "asker"
-        flags = {"finetuned": " --task-epochs 1", "end_to_end": " --end-to-end"}.get(name, "")
-        raise NotTrained(f"no trained adapter in {folder}: make it with: python train_{script}.py "
-                         f"--task {self.args.task} --run {folder.parent.name}{flags}")
-
-    def model(self, name, label=None):
-        """The LLM ("llm"), or the model with that adapter; `label` says what it is asked for."""
-        if name not in self.models:
-            self.models[name] = self.llm() if name == "llm" else self.adapted(name)
-        self.models[name].label = label or name
-        return self.models[name]
-
-    def llm(self):
-        """The LLM on this machine or behind a server."""
-        args = self.args
-        if args.base_url:
-            chat, identity = args.chat != "no", {"server": args.base_url, "model": args.model}
-            args.shots, load = args.shots or 0, functools.partial(Endpoint, args)
-        else:
-            if "none" in (args.temperature, args.draft_temperature):
-                raise UserError("--temperature none is for servers: here a number is needed")
-            chat = args.chat == "yes" or args.chat == "auto" and bool(load_tokenizer(args.model).chat_template)
-            args.shots = (0 if chat else 8) if args.shots is None else args.shots
-            identity = {"weights": weights_id(args.model, self.task), "bits": args.bits}
-            load = functools.partial(Local, args.model, args.bits, args.kv_gib, chat=chat, compute=args.compute)
-        return Model(self, args.model, identity, load, chat, load_exemplars(args.task, args.shots, args.data))
-
-    def adapted(self, name):
-        """The model with that adapter: no chat template and no exemplars, as it was trained."""
-        about, folder = self.about(name), self.adapter(name)
-        identity = {"weights": about["weights"], "bits": about["bits"], "adapter": weights_id(folder, self.task)}
-        model = Model(self, name, identity, functools.partial(
-            Local, about["model"], about["bits"], self.args.kv_gib, folder, scorer=name == "truster",
-            compute=self.args.compute))
-        model.strategy, model.prior_odds = about.get("strategy"), about.get("prior_odds", 1.0)
-        return model
-
-
-def sample(args):
-    """k samples of every question of train and dev, and the drafts of dev: what Asker and Truster learn from."""
-    run, train, dev = Run(args), load_split(args, "train"), load_split(args, "dev")
-    distinct_ids(train + dev)
-    announce_needs({} if args.base_url else {args.model: args.bits}, kv_gib=args.kv_gib)
-    print(f"[1/5] the LLM answers {len(train) + len(dev):,} questions {args.k} times", flush=True)
-    samples = sample_answers(run.model("llm", "samples"), args, train + dev, args.k, args.temperature)
-    for record, outputs in zip(train + dev, samples):
-        for output in outputs:
-            output["correct"] = verdict(args.task, output, record["answer"])
-    lines = [{"id": record["id"], "samples": outputs} for record, outputs in zip(train + dev, samples)]
-    drafts = predict(run.model("llm", "drafts of dev"), args, dev, args.draft_temperature)
-    for line, draft in zip(lines[len(train):], drafts):
-        line["draft"] = draft
-    write(run.task / "samples.jsonl", lines)
-    write(run.task / "llm.json", {key: getattr(args, key) for key in LLM_KEYS})
-    first, drawn = samples[0][0], [output for outputs in samples[: len(train)] for output in outputs]
-    kind = "a right answer" if first["correct"] else "a wrong answer"
-    show_record({"question": train[0]["question"], kind: first["text"]})
-    cut = np.mean([not output["stopped"] for output in drawn])
-    if cut > 0.02:
-        print(f"warning: {cut:.1%} of the answers were cut off and count as wrong: raise --max-new-tokens")
-    both = sum(len({output["correct"] for output in outputs}) == 2 for outputs in samples[: len(train)])
-    print(f"{run.task / 'samples.jsonl'}: {len(drawn):,} samples of {len(train):,} training questions, "
-          f"{np.mean([output['correct'] for output in drawn]):.1%} right; {both:,} questions have right and wrong ones")
-    log_start(run)
-
-
-def subquestions(args):
-    """The LLM writes sub-questions from each training question and its gold solution, where a data set has none."""
-    run, train = Run(args), load_split(args, "train")
-    golds = [{"text": solution_text(record.get("solution", []), record["answer"])} for record in train]
-    asked, path = ask(run.model("llm", "sub-questions"), args, train, golds), run.task / "subquestions.jsonl"
-    write(path, [{"id": record["id"], "subquestions": output["subquestions"]} for record, output in zip(train, asked)])
-    show_record({"question": train[0]["question"], "sub-questions": "\n".join(asked[0]["subquestions"])})
-    print(f"{path}: {np.mean([len(output['subquestions']) for output in asked]):.1f} sub-questions a question; next: "
-          f"python train_asker.py --task {args.task} --subquestions generated")
-    log_start(run)
-
-
-def solve(args):
-    """One question through the four steps."""
-    run, question = Run(args), " ".join((args.question or "").split())
-    if args.random:
-        question = random.choice(load_split(args, "test"))["question"]
-    if not question:
-        raise UserError("give a question in quotes, or --random for one of the test questions")
-    path = run.folder / "results.json"
-    rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
-    threshold, source = next(((row["threshold"], f"the threshold of row art in {path}") for row in rows
-                              if row["row"] == "art"), (0.5, "0.5, until evaluate.py sets it on dev"))
-    (result,) = ask_refine_trust(run, [{"question": question}], threshold)
-    asked = result["asked"]
-    decision = (f"{DECISION} {'Yes' if 'refined' in result else 'No'}  (p_refine {asked['p_refine']:.2f} against "
-                f"{threshold:.2f}, {source})")
-    parts = {"question": question, "1 predict": result["draft"]["text"],
-             "2 ask": "\n".join([*asked["subquestions"], decision])}
-    if "refined" in result:
-        scores = "draft {draft:.2f}, refined {refined:.2f}".format(**result["trust"])
-        parts |= {"3 refine": result["refined"]["text"], "4 trust": scores}
-    show_record({**parts, "answer": result["final"]["answer"] or "none could be read"})
-
-
-def show(value, form=".1%"):
-    """A figure as text; "-" where there is none."""
-    return "-" if value is None else format(value, form)
-
-
-def show_record(parts):
-    """Print named texts, {name: text}."""
-    for name, text in parts.items():
-        print(f"  {name}: " + str(text).replace("\n", "\n" + " " * (len(name) + 4)))
-
-
-def log_start(run):
-    """Append to runs/<task>/log.jsonl what this start was: command, commit, versions, seconds, asked, known, memory."""
-    start = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seconds": round(time.time() - STARTED, 1),
-             "asked": {name: model.asked for name, model in run.models.items()},
-             "known": {name: model.known for name, model in run.models.items()}, "peak_memory": peak_memory(),
-             **provenance()}
-    with open(run.task / "log.jsonl", "a", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(start) + "\n")
-
-
-STARTED = time.time()
-
-
-def provenance():
-    """Commit of the kit ("+" behind it: with changes) and versions of what it runs on."""
-    from importlib.metadata import version
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=9"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"commit": commit or None, "python": sys.version.split()[0],
-            **{name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}}
-
-
-def run(main):
-    """Call a script's `main`: what the user can mend becomes one line and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # on Windows, into a file: an alphabet of 256
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
-    kept = "what is finished is kept, the same command goes on"
-    try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("the kit uses one GPU and one process: start it with python, not with torchrun")
-        main()
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        fail(f"stopped; {kept}", 130)
-    except Exception as error:
-        if re.search("No space left|quota exceeded|File too large|inline_container", str(error)):
-            fail(f"the disk is full; {kept}")
-        if isinstance(error, ImportError) and "torchao" in str(error):  # Colab brings an old one, peft refuses it
-            fail(f"{error}: pip uninstall torchao, the kit does not use it")
-        raise
-
-
-@contextlib.contextmanager
-def enough_memory(mend):
-    """What runs out of memory becomes one line; it has a name in torch, in cuBLAS, in CUDA itself and on a CPU."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search("out of memory|ALLOC_FAILED|not enough memory|can't allocate memory", str(error)):
-            raise
-        raise UserError(f"out of memory: {mend}; what is finished is kept, the same command goes on") from None
-
-
-def fail(text, code=2):
-    """End with one line."""
-    print(f"\nerror: {text}", file=sys.stderr)
-    sys.exit(code)
-
-
-# ======================================================================================================================
-# Part 3. Machinery: the cache of what models said; models here and behind a server; QLoRA. Nothing here knows what the
-# texts are about. Slow libraries are imported where they are used, so that --help answers at once.
-# ======================================================================================================================
+    return float(np.mean((pairs > 0) + 0.5 * (pairs == 0))) if pairs.size else None
 
 
 def short_hash(value):
@@ -875,908 +764,973 @@ def short_hash(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def locked(path):
-    """Hold `path`, a file or folder, for writing; a second process is refused."""
-    import filelock
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(f"{path}.lock", timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UserError(f"another process is writing {path}: wait until it has ended, or stop it") from None
+def code_hash(*sources):
+    """A hash of Python code that does not change with comments and docstrings.
 
-
-class Cache:
-    """What a model said: an append-only JSONL file. An output is found again by what was really asked.
-
-    The key is (id of the settings, hash of the prompt as the model reads it, number of the sample). The settings hold
-    the hash of the weights; each stands in the file before its outputs, in a line {"settings": id, "are": {...}}.
+    >>> code_hash("x = 1") == code_hash("x = 1  # one"), code_hash("x = 1") == code_hash("x = 2")
+    (True, False)
     """
+    trees = [ast.parse(source) for source in sources]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = ""  # a docstring
+    return short_hash([ast.unparse(tree) for tree in trees])
 
-    def __init__(self, path, fresh=False):
-        self.path, self.settings, self.outputs = path, {}, {}
-        self.begin = path.stat().st_size if fresh and path.is_file() else 0  # what stands before that is not known
-        if bad := self.read():
-            print(f"{self.path}: {bad} unreadable lines skipped; their answers are asked anew", file=sys.stderr)
 
-    def read(self):
-        """Read the file; returns how many lines could not be read: a run was killed while it wrote them."""
-        content, bad = self.path.read_bytes()[self.begin:] if self.path.is_file() else b"", 0
-        for line in content.decode("utf-8", errors="replace").split("\n"):
-            match parse_line(line):
-                case {"settings": str(key), "are": dict(settings)}:
-                    self.settings[key] = settings
-                case {"settings": str(key), "prompt": str(prompt), "number": int(number), "call": str()} as output:
-                    self.outputs[key, prompt, number] = output
-                case _:
-                    bad += bool(line)
-        return bad
+def question_hash(record):
+    """A hash of the words of a question: an adapter remembers what it was trained on."""
+    return short_hash(re.findall(r"\w+", record["question"].casefold()))
 
-    @contextlib.contextmanager
-    def writing(self):
-        """Hold the file for appending."""
-        with locked(self.path):
-            self.read()  # another process may have added to it
-            with open(self.path, "ab") as self.file:
-                if self.file.tell():
-                    self.file.write(b"\n")  # ends a line that is half-written; an empty one is skipped
-                yield
 
-    def append(self, lines):
-        """Add lines in one write."""
-        self.file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.file.flush()
+def show(parts):
+    """Print texts with their names, {name: text}."""
+    for name, text in parts.items():
+        print(f"  {name}: {text}".replace("\n", "\n" + " " * (len(name) + 4)))
+
+
+def provenance():
+    """The commit of the kit ("+": with uncommitted changes) and the versions it runs on."""
+    commit = None
+    if shutil.which("git"):
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    return {"commit": commit, "python": sys.version.split()[0],
+            **{name: version(name) for name in names}}
+
+
+# --- Flags. What the user leaves out comes from llm.json (the settings of
+# the last data/sample.py), then from the preset, then from DEFAULTS.
+
+TOY, SMALL = "data/toy/base", "Qwen/Qwen2.5-0.5B-Instruct"
+DEFAULTS = {
+    "base_url": None, "bits": None, "adapter_bits": None, "k": 4, "temperature": 0.7,
+    "draft_temperature": 0.0, "refine_temperature": 0.0, "sample_seed": 0, "max_new_tokens": 512,
+    "strategy": "cot", "facts": "refine", "show_draft": "no", "kv_gib": None,
+    "asker_batch": 32, "asker_at_once": 4, "truster_batch": 16, "truster_at_once": 1,
+    "task_epochs": 2, "epochs": 1, "lr": 2e-4, "max_length": 1024}
+PRESETS = {
+    "toy": {"model": TOY, "asker_model": TOY, "truster_model": TOY, "adapter_bits": 4,
+            "draft_temperature": 0.7, "max_new_tokens": 128, "max_length": 512, "lr": 2e-3,
+            "asker_at_once": 32, "truster_batch": 8, "truster_at_once": 8, "task_epochs": 1},
+    "small": {"model": SMALL, "asker_model": SMALL, "truster_model": SMALL, "k": 3},
+    "t4": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",
+           "truster_model": "Qwen/Qwen2.5-1.5B", "limit_train": 2000},
+    "16gb": {"model": "Qwen/Qwen3-8B", "asker_model": "Qwen/Qwen3-4B-Base",
+             "truster_model": "Qwen/Qwen3-4B-Base", "limit_train": 2000},
+    "24gb": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf",
+             "truster_model": "NousResearch/Llama-2-13b-hf", "k": 5, "task_epochs": 3}}
+LLM_KEYS = ["preset", "model", "base_url", "bits", "k", "limit_train", "max_new_tokens", "strategy",
+            "facts", "show_draft", "temperature", "draft_temperature", "refine_temperature",
+            "sample_seed"]  # kept in llm.json
+
+
+def at_least(least, kind):
+    """A converter of flags that takes numbers of `least` or more."""
+    def convert(text):
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"(a number of at least {least} is needed)"
+    return convert
+
+
+COUNT, NUMBER_FLAG = at_least(1, int), at_least(0, float)
+
+
+def make_parser(doc, script):
+    """The flags of a script: "solve" (art.py), "sample", "asker", "truster" or "evaluate"."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", default="toy", help="a folder of data/ (default toy: nothing to download)")
+    add("--preset", choices=PRESETS, help="models and sizes (default small; all others need a GPU)")
+    add("--limit", type=COUNT, metavar="N", help="only the first N questions of each split")
+    add("--limit-train", type=COUNT, metavar="N", help="only the first N training questions")
+    add("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="folder of all runs")
+    add("--data", type=Path, default=ROOT / "data", metavar="DIR", help="folder of the tasks")
+    if script != "sample":  # the runs of a task share their samples
+        add("--run", default="default", metavar="NAME", help="results go to runs/TASK/NAME")
+        add("--seed", type=int, default=0, help="seed of the training (default 0)")
+    if script not in ("asker", "truster"):
+        add_llm_flags(add)
+        return parser
+    add(f"--{script}-model", metavar="MODEL", help="base model: a folder or Hub id (by preset)")
+    add("--overwrite", action="store_true", help="delete this run's adapter and train again")
+    add("--adapter-bits", type=int, choices=(4, 16, 32),
+        help="bits of the frozen weights (default 4 on a GPU, 32 on a CPU, 4 for the toy)")
+    add("--lr", type=NUMBER_FLAG, help="peak learning rate (default 2e-4, as QLoRA; toy: 2e-3)")
+    add("--rank", type=COUNT, default=16, help="rank of LoRA; alpha is twice that (default 16)")
+    add("--epochs", type=NUMBER_FLAG, help="passes over the examples (default 1)")
+    add(f"--{script}-batch", type=COUNT, metavar="N", help="examples of a step (by preset)")
+    add(f"--{script}-at-once", type=COUNT, metavar="N",
+        help="examples in memory at a time (by preset); the steps stay the same")
+    add("--max-length", type=COUNT, metavar="N", help="longest example in tokens (by preset)")
+    add("--save-steps", type=COUNT, default=25, metavar="N", help="steps between checkpoints (25)")
+    add("--report-to", choices=("trackio", "wandb"), help="also send the loss to this tracker")
+    return parser
+
+
+def add_llm_flags(add):
+    """Which LLM is asked, and how."""
+    add("--model", help="the LLM: a folder or Hub id, or its name on the server")
+    add("--base-url", metavar="URL", help="a server with OpenAI's API; key in OPENAI_API_KEY")
+    add("--concurrency", type=COUNT, default=8, metavar="N", help="requests at a time (default 8)")
+    add("--bits", type=int, choices=(4, 16, 32), help="bits of the LLM's weights (by its size)")
+    add("--kv-gib", type=NUMBER_FLAG, metavar="GIB",
+        help="memory for keys and values (default: a quarter of the free GPU memory)")
+    add("--max-new-tokens", type=COUNT, metavar="N", help="longest answer (default 512; toy: 128)")
+    add("--strategy", choices=("cot", "decomp"), help="how to draft (default cot)")
+    add("--facts", choices=("refine", "both", "none"), help="when facts are shown (default refine)")
+    add("--show-draft", choices=("yes", "no"), help="show the draft when refining (default no)")
+    add("--k", type=COUNT, help="samples of a question (by preset)")
+    add("--temperature", type=NUMBER_FLAG, metavar="T", help="of the samples (default 0.7)")
+    add("--draft-temperature", type=NUMBER_FLAG, metavar="T", help="(default 0: greedy; toy: 0.7)")
+    add("--refine-temperature", type=NUMBER_FLAG, metavar="T", help="(default 0: greedy)")
+    add("--sample-seed", type=int, metavar="SEED", help="seed of all sampling (default 0)")
+
+
+def parse(parser, argv=None, remember=True):
+    """The flags, completed from llm.json (if `remember`), the preset and DEFAULTS."""
+    given = parser.parse_args(argv)
+    find_tasks(given.data)
+    if given.task not in TASKS:
+        raise UserError(f"no task {given.task}: --task takes {', '.join(TASKS)}; make your own "
+                        "with python data/prepare.py csv FILE --task NAME")
+    saved = read_json(given.runs / given.task / "llm.json") if remember else {}
+    if getattr(given, "model", None) not in (None, saved.get("model")):
+        saved = {"preset": saved.get("preset")}  # another LLM has other settings
+    default = "toy" if given.task == "toy" else "small"
+    preset = given.preset or saved.get("preset") or default
+    if preset == "toy" and given.task != "toy":
+        raise UserError("the toy's models can read the toy's questions only: give --preset small")
+    if getattr(given, "base_url", None) and not (given.model or saved.get("base_url")):
+        raise UserError("--base-url needs --model NAME, the name of the LLM on that server")
+    parser.set_defaults(**{**DEFAULTS, **PRESETS[preset], **saved, "preset": preset})
+    args = parser.parse_args(argv)
+    args.base_url = args.base_url and args.base_url.rstrip("/")
+    args.shared = args.runs / args.task
+    if hasattr(args, "run"):
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run):
+            raise UserError("--run NAME: use letters, digits, dot, hyphen and underscore only")
+        args.folder = args.shared / args.run
+    return args
+
+
+def run(main):
+    """Call a script's `main`. An error that the user can fix becomes one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # Windows may lack a letter of the text
+            stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # libraries warn about each other
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message, code = f"stopped; {SAVED}", 130
+    except Exception as error:
+        message, code = explain(error), 2
+        if not message:
+            raise
+    print(f"\nerror: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error):
+    """What the user can do about an error, in one line; "" if nothing."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if "torchao" in text:  # Colab has an old one, which peft refuses
+        return f"{text}: run pip uninstall -y torchao"
+    if isinstance(error, ImportError):
+        return f"{text}: run pip install {error.name or '-r requirements.txt'}"
+    if re.search("No space left|quota exceeded|File too large|disk is full|inline_contain", text):
+        return f"the disk is full; {SAVED}"
+    if re.search("out of memory|ALLOC_FAILED|not enough memory|can't allocate memory", text):
+        return (f"out of memory; {SAVED}. Lower --kv-gib (sampling, evaluating) or --asker-at-once "
+                "and --truster-at-once (training), or take a smaller model")
+    if isinstance(error, (OSError, sqlite3.Error)):
+        return f"cannot use the folder: {text}; give --runs DIR, a folder that you can write to"
+    return ""
+
+
+# ==================================================
+# Part 4. Models
+#
+# Slow libraries are imported where they are used, so that --help answers
+# at once.
+# ==================================================
 
 
 class Model:
-    """A model that is asked only what it has not been asked before, and loaded only then.
+    """A model with a cache: it is loaded and queried only for prompts that are not in the cache.
 
-    `identity` says which model it is, down to its weights; it is a part of every key. `load` makes its backend, a Local
-    or an Endpoint.
+    The cache is runs/TASK/answers.sqlite. The key of an output is a hash of what was really asked:
+    the weights, the code that generates, the settings, the prompt, how the answer has begun, and
+    the number of the sample. Subclasses say in `compute` how new outputs are made.
     """
 
-    strategy, prior_odds, label, backend = None, 1.0, "", None
+    strategy, prior_odds, label = None, 1.0, "answers"  # label: for the progress line
 
-    def __init__(self, run, name, identity, load, chat=False, exemplars=()):
-        self.run, self.name, self.identity, self.load, self.chat, self.exemplars = (
-            run, name, identity, load, chat, exemplars)
-        self.asked, self.known, self.machines = 0, 0, set()
-        folder, own = run.task / "said", short_hash(identity)[:8]
-        slug = re.sub(r"[^\w.-]+", "-", Path(name).name)
-        found = next(folder.glob(f"*-{own}.jsonl"), None)  # the same model may have had another name
-        self.cache = Cache(found or folder / f"{slug}-{own}.jsonl", getattr(run.args, "fresh", False))
+    def __init__(self, args, identity, chat):
+        self.args, self.identity, self.chat = args, identity, chat
+        args.shared.mkdir(parents=True, exist_ok=True)
+        self.cache = sqlite3.connect(args.shared / "answers.sqlite", timeout=60)
+        self.cache.execute(
+            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, output TEXT)")
 
-    def render(self, prompts, shots=(), instruction=""):
-        """Prompts as the model reads them: plain text behind its exemplars, or a chat (turns, for a server)."""
-        if not self.chat:
-            return [plain_text(prompt, shots) for prompt in prompts]
-        turns = [chat_turns(prompt, shots, instruction) for prompt in prompts]
-        if "server" in self.identity:
-            return turns
-        tokenizer, day = load_tokenizer(self.name), "26 Jul 2024"  # with today's date all would be asked anew tomorrow
-        template = re.sub(r"strftime_now\([^()]*\)", f"'{day}'", tokenizer.get_chat_template())
-        return [tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, date_string=day,
-                                              add_generation_prompt=True, enable_thinking=False) for turn in turns]
+    def generate(self, prompts, max_new_tokens, stop=None, numbers=(0,), temperature=0.0):
+        """Texts up to the first match of the pattern `stop`; temperature 0 is greedy.
 
-    def generate(self, prompts, max_new_tokens, stop=None, k=1, temperature=0.0):
-        """k texts for each prompt, up to the first match of the pattern `stop`; temperature 0 is greedy.
-
-        Lists of k outputs {"text", "stopped", "tokens", "prompt_tokens", "logprob"}; tokens count what was written.
+        For each prompt a list with one output for each of the sample `numbers`: {"text",
+        "finished", "tokens" (written), "prompt_tokens", "logprob" (sum), "failed" (why, or "")}.
         """
-        settings = {"kind": "generate", "max_new_tokens": max_new_tokens, "stop": stop, "temperature": temperature}
+        settings = {"kind": "generate", "max_new_tokens": max_new_tokens, "stop": stop,
+                    "temperature": temperature}
         if temperature:
-            settings["sample_seed"] = self.run.args.sample_seed
-        return self.answers(prompts, k, settings)
+            settings["seed"] = self.args.sample_seed
+        questions = [(prompt, "", number) for prompt in prompts for number in numbers]
+        outputs = iter(self.answers(questions, settings))
+        return [[next(outputs) for _ in numbers] for _ in prompts]
 
-    def choose(self, prompts, before, options, begun=None):
-        """Which of two options comes next? Outputs {"p": probability of the first, "prompt_tokens"}.
+    def choose(self, prompts, begun, options):
+        """Which of two words continues each answer, which has `begun` with a text?
 
-        `begun`: how each answer has begun; `before`: the end of the text in front of the options.
+        One output for each prompt: {"p": probability of the first, "prompt_tokens", "failed"}.
         """
-        prompts = [[prompt, text] for prompt, text in zip(prompts, begun or [""] * len(prompts))]
-        settings = {"kind": "choose", "before": before, "options": list(options)}
-        return [output for (output,) in self.answers(prompts, 1, settings)]
+        questions = [(prompt, text, 0) for prompt, text in zip(prompts, begun)]
+        return self.answers(questions, {"kind": "choose", "options": options})
 
     def score(self, texts):
-        """The scalar that the model gives each text: outputs {"score", "prompt_tokens"}."""
-        return [output for (output,) in self.answers(texts, 1, {"kind": "score"})]
+        """The scalar that the model gives to each text: {"score", "prompt_tokens", "failed"}."""
+        return self.answers([(text, "", 0) for text in texts], {"kind": "score"})
 
-    def answers(self, prompts, k, settings):
-        """Lists of k outputs: known ones from the cache, the others from the model."""
-        settings = {**self.identity, **settings}
-        key, names = short_hash(settings), [short_hash(prompt) for prompt in prompts]
-        wanted = {(key, name, number): prompt for name, prompt in zip(names, prompts) for number in range(k)}
-        missing, failed = wanted.keys() - self.cache.outputs.keys(), {}
-        self.known, self.asked = self.known + len(wanted) - len(missing), self.asked + len(missing)
-        if missing and self.run.offline:
-            raise Missing(self.label)
-        if missing:
-            with self.cache.writing():
-                failed = self.ask(key, settings, wanted)
-        known = self.cache.outputs | failed
-        outputs = [[known[key, name, number] for number in range(k)] for name in names]
-        self.machines |= {output["on"] for several in outputs for output in several if "on" in output}
-        return outputs
-
-    @enough_memory("lower --kv-gib")
-    def ask(self, key, settings, wanted):
-        """Ask for what is missing, write it batch by batch, return what failed, {key: output}: that is not kept.
-
-        Batches are planned over what was missing when this very call was first made, and a batch that was not written
-        whole is computed whole: a run that was killed makes the same batches as one that was not.
-        """
+    def answers(self, questions, settings):
+        """An output for each question (prompt, begun, number): from the cache, else computed."""
         from tqdm import tqdm
-        missing, call = wanted.keys() - self.cache.outputs.keys(), short_hash(list(wanted))
-        items, failed = {}, {}
-        for place, prompt in wanted.items():
-            if place in missing or self.cache.outputs[place]["call"] == call:
-                items.setdefault(place[1], (prompt, []))[1].append(place[2])
-        self.announce(settings, items, len(wanted), len(missing))
-        for other in self.run.models.values():
-            other.backend = other.backend if other is self else None  # make room first
-        backend = self.backend = self.backend or self.load()
-        if key not in self.cache.settings:
-            self.cache.append([{"settings": key, "are": settings}])
-            self.cache.settings[key] = settings
-        began = time.time()
-        with tqdm(total=len(missing), desc=self.label, unit="answer", disable=None) as bar:
-            for batch in backend.answers(items, settings, {place[1:] for place in missing}):
-                new, seconds, began = {}, time.time() - began, time.time()
-                for (name, number), output in batch.items():
-                    if (key, name, number) in missing:
-                        (failed if output.get("failed") else new)[key, name, number] = {
-                            "settings": key, "prompt": name, "number": number, "call": call, "on": backend.machine,
-                            "seconds": round(seconds / len(batch), 3), **output}
-                self.cache.append(new.values())
-                self.cache.outputs |= new
-                bar.update(len(new))
-        return failed
-
-    def announce(self, settings, prompts, wanted, missing):
-        """The line before asking: how much is known, how long the rest may take, what differs from what is there."""
-        kind = {key for key, other in self.cache.settings.items() if other.get("kind") == settings["kind"]}
-        before = [output for output in self.cache.outputs.values() if output["settings"] in kind]
-        text = f"{self.label}: {wanted - missing:,} of {wanted:,} known, asking {missing:,}"
-        if before:
-            minutes = np.mean([output["seconds"] for output in before]) * missing / 60
-            text += f" (about {max(1, minutes):.0f} minutes)"
-        same = collections.Counter(output["settings"] for output in before if output["prompt"] in prompts)
-        if same and missing == wanted:
-            other = self.cache.settings[same.most_common(1)[0][0]]
-            differ = [f"{name} {other.get(name)}" for name in settings if other.get(name) != settings[name]]
-            text += f"; the same was asked with {', '.join(differ)}" if differ else ""
-        print(text, flush=True)
+        how = short_hash({**self.identity, **settings})
+        keys = [f"{how} {short_hash(question)}" for question in questions]
+        outputs, missing = {}, {}
+        for key, question in zip(keys, questions):
+            row = self.cache.execute("SELECT output FROM answers WHERE key = ?", [key]).fetchone()
+            if row:
+                outputs[key] = json.loads(row[0])
+            else:
+                missing[key] = question
+        if missing:
+            total = len(outputs) + len(missing)
+            print(f"{self.label}: {len(outputs):,} of {total:,} cached, generating "
+                  f"{len(missing):,}", flush=True)
+            with tqdm(total=len(missing), desc=self.label, unit="answer", disable=None) as bar:
+                for batch in self.compute(missing, settings):
+                    rows = [(key, json.dumps(output)) for key, output in batch.items()
+                            if "failed" not in output]
+                    with self.cache:  # one transaction: a batch is saved completely or not at all
+                        self.cache.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+                    outputs |= batch
+                    bar.update(len(batch))
+        return [{"failed": "", **outputs[key]} for key in keys]
 
 
-class Missing(Exception):
-    """An answer is not known, and nothing may be asked now."""
+def folder_of(name):
+    """The folder of a model, relative to the working directory or the kit; None for Hub ids."""
+    for path in (Path(name), ROOT / name):
+        if path.is_dir():
+            return path
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise UserError(f"there is no model folder {name}")
+    return None
 
 
-def plain_text(prompt, shots=()):
-    """A prompt behind its exemplars, [(prompt, answer), ...], as a base model reads it."""
-    return "".join(f"{shown}{answer}\n\n" for shown, answer in shots) + prompt
-
-
-def chat_turns(prompt, shots=(), instruction=""):
-    r"""The same as turns of a chat: the instruction takes the place of the cue, the last line of a plain prompt.
-
-    >>> chat_turns("Question: Q?\nAnswer:\n", instruction="Answer it.")
-    [{'role': 'user', 'content': 'Question: Q?\n\nAnswer it.'}]
-    """
-    def asked(text):
-        return f"{text.rstrip().rpartition(chr(10))[0]}\n\n{instruction}" if instruction else text.rstrip()
-
-    turns = [turn for shown, answer in shots for turn in (("user", asked(shown)), ("assistant", answer))]
-    return [{"role": role, "content": content} for role, content in [*turns, ("user", asked(prompt))]]
-
-
-# --- Models on this machine
-
-
-def find_model(name):
-    """A folder named relative to the working directory or to the kit, else a Hub id as it stands."""
-    return next((str(path) for path in (Path(name), ROOT / name) if path.is_dir()), str(name))
-
-
-@contextlib.contextmanager
-def loading(name):
-    """What goes wrong while a model is looked up or loaded becomes one line."""
+def from_pretrained(kind, name, **settings):
+    """A transformers class with this name, loaded from a folder or the Hub."""
+    import transformers
     try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {str(name)!r}: {' '.join(str(error).split())[:200]}") from None
+        return getattr(transformers, kind).from_pretrained(
+            folder_of(name) or name, trust_remote_code=False, **settings)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot load the model {name!r}: {reason}") from None
 
 
-def weights_id(name, folder):
-    """What tells a model from every other: the commit of a Hub model, the hash of a folder's files wherever it lies.
-
-    Hashes are remembered in `folder`/weights.json by size and time of the files: weights are gigabytes.
-    """
-    path = Path(find_model(name))
-    if not path.is_dir():
-        import huggingface_hub
-        with loading(name):
-            return Path(huggingface_hub.hf_hub_download(str(name), "config.json")).parent.name
-    memory = Path(folder) / "weights.json"
-    known = json.loads(memory.read_text("utf-8")) if memory.is_file() else {}
-    hashes = {}
-    for file in sorted(path.iterdir()):
-        if file.name == "adapter_config.json":  # without the path of the base, whose weights are told apart themselves
-            config = json.loads(file.read_text("utf-8"))
-            hashes[file.name] = short_hash([config["r"], config["lora_alpha"], sorted(config["target_modules"])])
-        elif re.fullmatch(r".*\.(safetensors|jinja|model)|(generation_)?config\.json|tokenizer.*\.json", file.name):
-            about = file.stat()
-            place = f"{file.resolve()} {about.st_size} {about.st_mtime_ns}"
-            if place not in known:
-                with open(file, "rb") as content:
-                    known[place] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
-            hashes[file.name] = known[place]
-    write(memory, known)
-    return short_hash(hashes)
-
-
-def memory_gib(config, parameters, bits, kv_gib=0.0, tokens=0, learned=0):
-    """GiB that a model needs, roughly: `tokens` at a time are trained on, in `learned` places is a word to predict.
-
-    tests/fit.py computes the same exactly. `config`: the model's config.json.
-    """
-    config = {**config, **config.get("text_config", {})}
-    hidden, layers, vocabulary = (config[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
-    ends = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)  # never in 4 bits
-    weights = ends * 2 + (parameters - ends) * 0.52 if bits == 4 else parameters * bits / 8
-    training = tokens * 2 * (layers * hidden + 14 * config["intermediate_size"]) + learned * vocabulary * 12
-    return (weights + training) / 2**30 + kv_gib + 1  # 1: the GPU's own, and what is on its way
-
-
-def announce_needs(models, **sizes):
-    """One line: memory and downloads of these models, {name: bits}; none for folders, nor where the Hub is not reached.
-
-    `sizes` as in `memory_gib`.
-    """
-    import huggingface_hub
-    gib, download, names = 0.0, 0, [name for name in models if not Path(find_model(name)).is_dir()]
-    for name in names:
-        try:
-            about = huggingface_hub.HfApi().model_info(name, files_metadata=True, timeout=10)
-            config = json.loads(Path(huggingface_hub.hf_hub_download(name, "config.json")).read_text("utf-8"))
-            files = {file.rfilename: file.size or 0 for file in about.siblings
-                     if re.fullmatch(r"model[\w.-]*\.safetensors|[\w.-]+\.(json|model|txt|jinja)", file.rfilename)}
-            download += sum(size for file, size in files.items()
-                            if not isinstance(huggingface_hub.try_to_load_from_cache(name, file), str))
-            weights = sum(size for file, size in files.items() if file.endswith(".safetensors")) / 2  # in 16 bits
-            parameters = about.safetensors.total if about.safetensors else weights
-            gib = max(gib, memory_gib(config, parameters, models[name], **sizes))
-        except Exception:  # no network, no such model (loading will say it), or a config with other names
-            return
-    if names:
-        print(f"{', '.join(names)}: about {gib:.0f} GiB of GPU memory, {download / 1e9:.1f} GB to download", flush=True)
-
-
-def compute_dtype(bits, compute="auto"):
-    """fp32 on a CPU (bf16 with 16 bits); on a GPU bf16 where the card really has it, else fp16."""
-    import torch
-    if compute == "fp32" or bits == 32 or bits == 4 and not torch.cuda.is_available():
-        return torch.float32
-    if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):  # a T4 emulates it
-        return torch.bfloat16
-    return torch.float16
+def weights_id(name):
+    """What tells a model from all others: the commit of a Hub model, or a hash of its files."""
+    folder = folder_of(str(name))
+    if not folder:
+        return from_pretrained("AutoConfig", name)._commit_hash
+    known = r".*\.(safetensors|jinja|model)|(generation_)?config\.json|tokenizer.*\.json"
+    files = []
+    for path in sorted(folder.iterdir()):
+        if re.fullmatch(known, path.name):
+            about = path.stat()
+            large = about.st_size > 100e6  # reading 15 GB would take minutes
+            files.append([path.name, about.st_size, about.st_mtime_ns] if large
+                         else hashlib.sha256(path.read_bytes()).hexdigest())
+    return short_hash(files)
 
 
 @functools.cache
 def load_tokenizer(name):
-    """A tokenizer with a padding token."""
-    import transformers
-    with loading(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+    """A tokenizer that has an end-of-text token and a padding token."""
+    tokenizer = from_pretrained("AutoTokenizer", name)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-text token: take another model")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= len(tokenizer):
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_base(name, bits, head="AutoModelForCausalLM", compute="auto", **settings):
-    """A frozen base model in 4 bits (nf4, double quantisation: QLoRA, arXiv 2305.14314), 16 or 32 bits."""
+def token_ids(tokenizer, text, special=True):
+    """The token ids of a text, without the end-of-text token that some tokenizers append."""
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def load_base(name, bits, scorer=False):
+    """A frozen model in 4 bits (nf4, double quantisation: QLoRA, arXiv 2305.14314), 16 or 32 bits.
+
+    A `scorer` has a new scalar head, in fp32 and never quantised.
+    """
     print(f"loading {name} in {bits} bits ...", flush=True)
     import torch
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gave NaN under masks: pytorch issue 196678
-    gc.collect()  # what is left of a training refers to itself: its weights would stay beside the new ones
-    dtype = compute_dtype(bits, compute)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gave NaN: pytorch issue 196678
+    gc.collect()  # frees the model of a training before: it has references to itself
+    cuda, half = torch.cuda.is_available(), torch.bfloat16
+    if cuda and not torch.cuda.is_bf16_supported(including_emulation=False):  # a T4
+        half = torch.float16
+    dtype = half if bits == 16 or (bits == 4 and cuda) else torch.float32
+    settings = {"dtype": dtype, "use_safetensors": True, "device_map": {"": 0} if cuda else None}
     if bits == 4:
         settings["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    if torch.cuda.is_available():
-        settings["device_map"] = {"": 0}
-    with loading(name), enough_memory("this model does not fit: take a smaller one, or fewer bits"):
-        return getattr(transformers, head).from_pretrained(
-            find_model(name), dtype=dtype, use_safetensors=True, trust_remote_code=False, **settings).eval()
-
-
-def load_scorer(name, bits, seed=0, compute="auto"):
-    """A base with a fresh scalar head, which is in fp32 and never quantised."""
-    import torch
-    import transformers
-    transformers.set_seed(seed)
-    model = load_base(name, bits, "AutoModelForSequenceClassification", compute, num_labels=1,
-                      pad_token_id=load_tokenizer(name).pad_token_id)
-    model.score.float()
-    assert type(model.score) is torch.nn.Linear, "the head was quantised"
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype)
+    kind = "AutoModelForCausalLM"
+    if scorer:
+        kind = "AutoModelForSequenceClassification"
+        settings |= {"num_labels": 1, "pad_token_id": load_tokenizer(name).pad_token_id}
+    model = from_pretrained(kind, name, **settings).eval()
+    if not cuda and dtype == torch.float32:
+        use_onednn(model.base_model)
+    if scorer:
+        if type(getattr(model, "score", None)) is not torch.nn.Linear:
+            raise UserError(f"{name} has no head called `score`: take another --truster-model")
+        model.score.float()
     return model
 
 
-def plan_batches(sizes, budget):
-    """Lists of indices of (rows, length), longest first, each of at most `budget` tokens when padded.
+def use_onednn(model):
+    """Let oneDNN do the fp32 products of frozen layers: on AMD CPUs 2.3 times as fast as MKL.
 
-    >>> plan_batches([(1, 3), (1, 9), (2, 4), (1, 1)], budget=12)
-    [[1], [2, 0], [3]]
+    Measured with docs/measure/speed.py on a 0.5B model, at 8 to 64 rows. Small products stay as
+    they are.
     """
-    batches, rows = [], 0
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
-        rows += sizes[index][0]
-        if batches and rows * sizes[batches[-1][0]][1] <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            rows = sizes[index][0]
-    return batches
+    import torch
+
+    def product(x, weight, bias=None):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    class Product(torch.autograd.Function):  # the weight is frozen: only x has a gradient
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            ctx.weight = weight
+            return product(x, weight, bias)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return product(gradient, ctx.weight.t()), None, None
+
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            trained = self.weight.requires_grad and torch.is_grad_enabled()
+            if trained or x.dtype != torch.float32 or x.numel() * self.out_features < 2**22:
+                return super().forward(x)
+            return Product.apply(x, self.weight, self.bias)
+
+    if torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available():
+        for layer in model.modules():
+            if type(layer) is torch.nn.Linear:
+                layer.__class__ = Linear
 
 
-def pad_left(sequences, pad, device="cpu", shared=0):
-    """Token ids and mask, padded on the left; but behind the first `shared` tokens, which all have in common."""
+def score_batch(model, ids, mask):
+    """The scores (rows,) of token ids (rows, length) that are padded on the left."""
+    import torch
+    base = model.get_base_model()
+    out = base.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask),
+                          use_cache=False)
+    with torch.autocast(ids.device.type, enabled=False):  # the head stays in fp32
+        return base.score(out.last_hidden_state[:, -1].float())[:, 0]
+
+
+def pad_left(sequences, pad, device="cpu"):
+    """Token ids and mask, both (rows, length), padded on the left."""
     import torch
     width = max(map(len, sequences))
-    ids = [[*ids[:shared], *[pad] * (width - len(ids)), *ids[shared:]] for ids in sequences]
-    mask = [[1] * shared + [0] * (width - len(ids)) + [1] * (len(ids) - shared) for ids in sequences]
+    ids = [[pad] * (width - len(ids)) + ids for ids in sequences]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def places(mask):
-    """Position of each token in its row, padding aside."""
+def positions(mask):
+    """The position of each token in its row, without the padding."""
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def kv_bytes(config, itemsize=2):
-    """Bytes of the keys and values of one token, in numbers of `itemsize` bytes."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * itemsize
+class Local(Model):
+    """A model on this machine: the LLM, or a base with an adapter."""
 
+    loaded = None  # the one model whose weights are in memory
 
-class Local:
-    """A model on this machine, with an adapter or without: a language model, or a scorer with a scalar head."""
+    def __init__(self, args, name, bits, adapter=None, scorer=False):
+        self.name, self.bits, self.adapter, self.scorer = name, bits, adapter, scorer
+        self.tokenizer = load_tokenizer(name)
+        engine = (Local, load_base, use_onednn, score_batch, pad_left, positions, token_ids, up_to,
+                  without_thoughts)
+        identity = {
+            "weights": weights_id(name), "bits": bits, "adapter": adapter and weights_id(adapter),
+            "code": code_hash(*map(inspect.getsource, engine))}
+        super().__init__(args, identity, bool(self.tokenizer.chat_template) and not adapter)
 
-    def __init__(self, name, bits, kv_gib, adapter=None, chat=False, scorer=False, compute="auto"):
-        import peft
-        self.name, self.chat, self.tokenizer = name, chat, load_tokenizer(name)
-        self.model = load_scorer(name, bits, compute=compute) if scorer else load_base(name, bits, compute=compute)
-        if adapter:
-            self.model = peft.PeftModel.from_pretrained(self.model, adapter).eval()
-        self.base = self.model.get_base_model() if adapter else self.model
-        ends = self.base.generation_config.eos_token_id if not scorer else None
-        self.ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
-        dtype = self.base.get_input_embeddings().weight.dtype
-        config = self.base.config.get_text_config()
-        self.set_budget(kv_gib)
-        self.limit = getattr(config, "max_position_embeddings", None) or math.inf
-        self.machine = f"{self.base.device.type} {str(dtype).removeprefix('torch.')}"
+    def load(self):
+        """Load the weights; the model that was loaded before makes room."""
+        if Local.loaded is self:
+            return
+        if Local.loaded:
+            Local.loaded.model = Local.loaded.base = None
+        Local.loaded = self
+        self.model = self.base = load_base(self.name, self.bits, self.scorer)
+        if self.adapter:
+            import peft
+            self.model = peft.PeftModel.from_pretrained(self.base, self.adapter).eval()
 
-    def set_budget(self, kv_gib):
-        """Tokens of a batch: whose keys and values may be kept, and that are read at once where nothing is written."""
-        config, dtype = self.base.config.get_text_config(), self.base.get_input_embeddings().weight.dtype
-        self.budget = int(kv_gib * 2**30 / kv_bytes(config, dtype.itemsize))
-        self.reads = min(self.budget, 16_384)  # what lies between the layers of an adapter is larger than its keys
+    def token_budget(self):
+        """How many tokens a batch may have: --kv-gib, and the cache of 256 tokens, say."""
+        import torch
+        ids = torch.full((1, 256), self.tokenizer.pad_token_id, device=self.base.device)
+        cache = self.base(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        size = 0
+        for layer in cache.layers:
+            for value in vars(layer).values():
+                parts = value.values() if isinstance(value, dict) else [value]
+                size += sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+        gib = self.args.kv_gib
+        if not gib:
+            gib = torch.cuda.mem_get_info()[0] / 2**32 if torch.cuda.is_available() else 0.5
+        return int(gib * 2**30 / size * 256)
 
-    def answers(self, items, settings, missing):
-        """Yield {(prompt's name, number): output} batch by batch. `items`: {name: (prompt, numbers)}.
+    def compute(self, missing, settings):
+        """Yield {key: output}, batch by batch, the longest prompts first.
 
-        A prompt that is too long, and numbers that are not finite, as fp16 may give, have failed.
+        So what is left after a kill is planned as it would have been.
         """
         import torch
+        self.load()
+        work = {"generate": self.write, "choose": self.decide, "score": self.rate}
         new = settings.get("max_new_tokens", 0)
-        prompts = [(name, self.tokens(prompt), numbers) for name, (prompt, numbers) in items.items()]
-        fitting = [prompt for prompt in prompts if len(prompt[1]) + new <= self.limit]
-        if len(fitting) < len(prompts):
-            print(f"{len(prompts) - len(fitting)} prompts are too long for {self.name}, which reads {self.limit:,} "
-                  "tokens: they count as failed; lower --max-new-tokens or --shots", file=sys.stderr)
-            yield {(name, number): failed_output(len(ids)) for name, ids, numbers in prompts for number in numbers
-                   if len(ids) + new > self.limit}
+        rows = []
+        for key, (prompt, begun, number) in missing.items():
+            ids, start = self.tokens(prompt, begun)
+            own = random.Random(f"{settings.get('seed')} {short_hash(prompt)} {number}")
+            rows.append({"key": key, "prompt": ids, "start": start, "random": own})
+        rows.sort(key=lambda row: -len(row["prompt"]))
+        longest = len(rows[0]["prompt"]) + new
+        limit = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        if limit and longest > limit:
+            raise UserError(f"prompt and answer may have {longest} tokens, but {self.name} reads "
+                            f"{limit}: lower --max-new-tokens")
         with torch.inference_mode():
-            self.read_prefix([ids for _, ids, _ in fitting] if settings["kind"] != "score" else [])
-        for batch in plan_batches([(len(numbers), len(ids) + new) for _, ids, numbers in fitting],
-                                  self.budget if new else self.reads):
-            batch = [fitting[i] for i in batch]
-            if any((name, number) in missing for name, _, numbers in batch for number in numbers):
-                with torch.inference_mode():
-                    outputs = getattr(self, settings["kind"])(batch, settings)
-                bad = {place: failed_output(output["prompt_tokens"]) for place, output in outputs.items()
-                       if any(value != value for value in output.values())}  # NaN alone is not what it is
-                if bad:
-                    print(f"{self.name} gave numbers that are not finite: {len(bad)} answers failed; on a GPU without "
-                          "bf16 give --compute fp32", file=sys.stderr)
-                yield outputs | bad
+            budget = self.token_budget() if new else 16_384  # reading needs little memory
+        while rows:
+            size = max(1, budget // (len(rows[0]["prompt"]) + new))
+            batch, rows = rows[:size], rows[size:]
+            with torch.inference_mode():
+                outputs = work[settings["kind"]](batch, settings)
+            for row, output in zip(batch, outputs):
+                if any(value != value for value in output.values()):  # nan
+                    raise UserError(f"{self.name} gave numbers that are not finite: give --bits 32 "
+                                    "(the LLM), or train with --adapter-bits 32")
+                output["prompt_tokens"] = len(row["prompt"])
+            yield {row["key"]: output for row, output in zip(batch, outputs)}
 
-    def tokens(self, prompt):
-        """Token ids of a prompt, or of [prompt, how the answer has begun]: two texts, as in training."""
-        prompt, begun = prompt if isinstance(prompt, list) else (prompt, "")
-        return (self.tokenizer(prompt, add_special_tokens=not self.chat)["input_ids"]
-                + (self.tokenizer(begun, add_special_tokens=False)["input_ids"] if begun else []))
+    def tokens(self, prompt, begun):
+        """(token ids, start): of the prompt and of how the answer has begun.
 
-    def read_prefix(self, sequences):
-        """What all prompts begin with, as exemplars, is read once and copied for each."""
+        Both are tokenized alone, as in training. `start` is "<think>" if the chat template begins
+        the answer with it.
+        """
+        if self.chat:
+            day = "26 Jul 2024"  # some templates show today's date
+            template = "{%- macro strftime_now(format) -%}" + day + "{%- endmacro -%}"
+            try:
+                prompt = self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False,
+                    chat_template=template + self.tokenizer.get_chat_template(),
+                    add_generation_prompt=True, enable_thinking=False, date_string=day)
+            except Exception as error:  # templates are programs of their own
+                raise UserError(f"the chat template of {self.name} failed: {error}") from None
+        ids = token_ids(self.tokenizer, prompt, special=not self.chat)
+        if begun:
+            ids = ids + token_ids(self.tokenizer, begun, special=False)
+        return ids, "<think>" if self.chat and prompt.rstrip().endswith("<think>") else ""
+
+    def pad(self, rows):
+        """The prompts of a batch as the inputs of a model."""
+        ids, mask = pad_left([row["prompt"] for row in rows], self.tokenizer.pad_token_id,
+                             self.base.device)
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+
+    def write(self, rows, settings):
+        """Texts, token by token. A row that is finished leaves the batch."""
         import torch
-        shared = os.path.commonprefix(sequences)[: min(map(len, sequences), default=1) - 1]
-        self.shared, self.prefix = (shared, None) if len(shared) >= 32 else ([], None)
-        if self.shared:
-            ids = torch.tensor([shared], device=self.base.device)
-            self.prefix = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-
-    def read(self, batch, model, **settings):
-        """(output of `model`, mask) for the prompts of a batch, the shared prefix copied."""
-        ids, mask = pad_left([ids for _, ids, _ in batch], self.tokenizer.pad_token_id, self.base.device,
-                             len(self.shared))
-        cache = copy.deepcopy(self.prefix)
-        if cache:
-            cache.batch_repeat_interleave(len(batch))
-        ids, positions = ids[:, len(self.shared):], places(mask)[:, len(self.shared):]
-        return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                     **settings), mask
-
-    def generate(self, batch, settings):
-        """Texts, token by token; those that have ended leave the batch."""
-        import torch
-        texts = [{"name": name, "number": number, "ids": [], "stopped": False, "logprob": 0.0,
-                  "random": random.Random(f"{settings.get('sample_seed')} {name} {number}"),
-                  "prompt_tokens": len(ids)} for name, ids, numbers in batch for number in numbers]
-        owners = torch.tensor([i for i, (_, _, numbers) in enumerate(batch) for _ in numbers], device=self.base.device)
-        out, mask = self.read(batch, self.model, logits_to_keep=1)  # each prompt once, whatever the number of samples
-        cache, logits, mask = out.past_key_values, out.logits[owners, -1].float(), mask[owners]
-        cache.batch_select_indices(owners)
-        writing = texts
+        for row in rows:
+            row |= {"ids": [], "finished": False, "logprob": 0.0}
+        inputs, writing = self.pad(rows), rows
+        mask = inputs["attention_mask"]
+        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
         for _ in range(settings["max_new_tokens"]):
+            logits = out.logits[:, -1].float()
             tokens = self.pick(logits, writing, settings["temperature"])
             self.note(writing, tokens, logits, settings["stop"])
-            going = [place for place, text in enumerate(writing) if not text["stopped"]]
+            going = [place for place, row in enumerate(writing) if not row["finished"]]
             if not going:
                 break
             if len(going) < len(writing):
-                keep = torch.tensor(going, device=tokens.device)
-                cache.batch_select_indices(keep)
-                tokens, mask, writing = tokens[keep], mask[keep], [writing[place] for place in going]
+                writing = [writing[place] for place in going]
+                going = torch.tensor(going, device=tokens.device)
+                out.past_key_values.reorder_cache(going)
+                tokens, mask = tokens[going], mask[going]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            out = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=places(mask)[:, -1:],
-                             past_key_values=cache, use_cache=True)
-            logits = out.logits[:, -1].float()
-        return {(text["name"], text["number"]): {
-            "text": up_to(settings["stop"], self.tokenizer.decode(text["ids"], skip_special_tokens=True)),
-            "stopped": text["stopped"], "tokens": len(text["ids"]), "prompt_tokens": text["prompt_tokens"],
-            "logprob": text["logprob"]} for text in texts}
+            out = self.model(input_ids=tokens[:, None], attention_mask=mask,
+                             position_ids=positions(mask)[:, -1:], use_cache=True,
+                             past_key_values=out.past_key_values)
+        return [{"text": up_to(settings["stop"], self.text(row)), "finished": row["finished"],
+                 "tokens": len(row["ids"]), "logprob": row["logprob"]} for row in rows]
 
-    def pick(self, logits, texts, temperature):
-        """The next token of each text: the likeliest, or drawn by inverse CDF with one number from the text's source.
+    def pick(self, logits, rows, temperature):
+        """The next token of each row: the most probable one, or drawn with the row's own numbers.
 
-        So a sample follows from (seed, prompt, number) alone, whatever stands beside it in the batch.
+        So a sample depends on its seed, prompt and number, not on its neighbours in the batch.
         """
         import torch
         if not temperature:
             return logits.argmax(-1)
         cdf = (logits / temperature).double().softmax(-1).cumsum(-1)
-        drawn = torch.tensor([text["random"].random() for text in texts], dtype=cdf.dtype, device=cdf.device)
-        return torch.searchsorted(cdf, drawn[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
+        drawn = torch.tensor([[row["random"].random()] for row in rows], dtype=cdf.dtype)
+        tokens = torch.searchsorted(cdf, drawn.to(cdf.device) * cdf[:, -1:], right=True)
+        return tokens[:, 0].clamp(max=cdf.shape[1] - 1)
 
-    def note(self, texts, tokens, logits, stop):
-        """Put the new tokens behind their texts, and see which of these have ended."""
+    def note(self, rows, tokens, logits, stop):
+        """Append the new tokens to their rows, and see which rows are finished."""
+        ends = self.base.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
-        for text, token, logprob in zip(texts, tokens.tolist(), logprobs):
-            text["ids"].append(token)
-            text["logprob"] += logprob
-            text["stopped"] = token in self.ends
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs):
+            row["ids"].append(token)
+            row["logprob"] += logprob
+            row["finished"] = token in ends
         if stop:
-            tails = self.tokenizer.decode([text["ids"][-32:] for text in texts], skip_special_tokens=True)
-            for text, tail in zip(texts, tails):
-                text["stopped"] |= bool(re.search(stop, tail))
+            tails = self.tokenizer.decode([row["ids"][-32:] for row in rows],
+                                          skip_special_tokens=True)
+            for row, tail in zip(rows, tails):  # the whole text is read only where it may match
+                if tail.endswith("\n") or re.search(stop, tail):
+                    row["finished"] |= bool(re.search(stop, self.text(row)))
 
-    def choose(self, batch, settings):
-        """Probability of the first option, from the two logits at the token where the options part, in fp32."""
-        import torch
-        before, options = settings["before"], settings["options"]
-        spelled = [self.tokenizer(before + option, add_special_tokens=False)["input_ids"] for option in options]
-        parting = len(os.path.commonprefix(spelled))
-        assert parting == len(self.tokenizer(before, add_special_tokens=False)["input_ids"]), (before, spelled)
-        pair = torch.tensor([ids[parting] for ids in spelled], device=self.base.device)
-        out, _ = self.read(batch, self.base.base_model)
-        hidden, head = out.last_hidden_state[:, -1].float(), self.base.get_output_embeddings()
-        logits = hidden @ head.weight[pair].float().T + (head.bias[pair].float() if head.bias is not None else 0)
-        chances = (logits[:, 0] - logits[:, 1]).double().sigmoid().tolist()
-        return {(name, 0): {"p": p, "prompt_tokens": len(ids)} for (name, ids, _), p in zip(batch, chances)}
+    def text(self, row):
+        """What a row has written so far, without thoughts."""
+        text = self.tokenizer.decode(row["ids"], skip_special_tokens=True)
+        return without_thoughts(row["start"] + text)
 
-    def score(self, batch, settings):
-        """The scalar of each text."""
-        ids, mask = pad_left([ids for _, ids, _ in batch], self.tokenizer.pad_token_id, self.base.device)
-        scores = score_batch(self.model, ids, mask).tolist()
-        return {(name, 0): {"score": score, "prompt_tokens": len(ids)} for (name, ids, _), score in zip(batch, scores)}
+    def decide(self, rows, settings):
+        """The probability of the first of two words, from the model's own logits."""
+        spelled = [token_ids(self.tokenizer, DECISION + word, special=False)
+                   for word in settings["options"]]
+        before = token_ids(self.tokenizer, DECISION, special=False)
+        if not spelled[0][:-1] == spelled[1][:-1] == before or spelled[0] == spelled[1]:
+            raise UserError(f"the tokenizer of {self.name} does not give Yes and No after "
+                            f"{DECISION} one token each: take another model")
+        out = self.model(**self.pad(rows), logits_to_keep=1)
+        logits = out.logits[:, -1, [spelled[0][-1], spelled[1][-1]]].double()
+        return [{"p": p} for p in logits.softmax(-1)[:, 0].tolist()]
 
-
-def up_to(stop, text):
-    """A text up to its first match of the pattern `stop`, if there is one."""
-    match = re.search(stop, text) if stop else None
-    return text[: match.end() if match else None].strip()
-
-
-def failed_output(prompt_tokens=0):
-    """An answer that could not be had: it counts as wrong, is not kept, and is asked again by the next start."""
-    return {"failed": True, "text": "", "stopped": False, "tokens": 0, "prompt_tokens": prompt_tokens, "logprob": None,
-            "p": 0.0, "score": -1e9}
+    def rate(self, rows, settings):
+        """The score of each text."""
+        inputs = self.pad(rows)
+        scores = score_batch(self.model, inputs["input_ids"], inputs["attention_mask"])
+        return [{"score": score} for score in scores.tolist()]
 
 
-def score_batch(model, ids, mask):
-    """Scores (rows,) of token ids (rows, length) padded on the left; the last token carries the score, in fp32."""
-    import torch
-    base = model.get_base_model()
-    dtype = base.get_input_embeddings().weight.dtype
-    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-        hidden = base.base_model(input_ids=ids, attention_mask=mask, position_ids=places(mask),
-                                 use_cache=False).last_hidden_state[:, -1]
-    with torch.autocast(ids.device.type, enabled=False):
-        return base.score(hidden.float())[:, 0]
+class Refused(Exception):
+    """The server refused these settings."""
 
 
-# --- The LLM behind a server
+class Server(Model):
+    """A chat model behind a server with OpenAI's API.
 
-
-class Endpoint:
-    """A model behind an OpenAI-compatible server. Chat turns go to /chat/completions, plain text to /completions.
-
-    The key is read from OPENAI_API_KEY. Lost connections, 429 and 5xx are tried again by openai's client.
+    openai's client repeats a request after a lost connection, 429 and 5xx. A setting that the
+    server refuses is left out from then on and is not part of the key. A reply that cannot be used
+    has failed: it counts as incorrect, is not cached, and the run goes on.
     """
 
-    machine = "server"
+    complete = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}
 
     def __init__(self, args):
-        try:
-            import openai
-        except ImportError:
-            raise UserError("--base-url needs the official client: pip install openai") from None
-        if not re.match("https?://[^/?#]", args.base_url):
-            raise UserError("--base-url is an address such as http://localhost:8000/v1")
-        self.openai, self.name, self.concurrency = openai, args.model, args.concurrency
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # one's own server needs no key
-        self.client = openai.OpenAI(base_url=args.base_url, api_key=self.key, max_retries=5, timeout=300)
-        self.silent = "none" in (args.temperature, args.draft_temperature)  # some models refuse the parameter
-        self.logprobs, self.answered, self.rejected, self.refusal = True, False, 0, ""
+        import openai
+        super().__init__(args, {"server": args.base_url, "model": args.model}, chat=True)
+        self.openai, self.failures = openai, 0
+        self.api_key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
+        self.client = openai.OpenAI(
+            base_url=args.base_url, api_key=self.api_key, max_retries=5, timeout=300)
+        self.path, self.name = args.shared / "servers.json", f"{args.base_url} {args.model}"
+        self.refused = read_json(self.path).get(self.name, [])
 
-    def answers(self, items, settings, missing):
-        """As `Local.answers`, one answer at a time, in the order in which they come."""
-        work = self.generate if settings["kind"] == "generate" else self.choose
-        pool = ThreadPoolExecutor(self.concurrency)
+    def answers(self, questions, settings):
+        """As in Model. The key holds what is sent: the settings that the server accepts."""
+        settings = {"max_new_tokens": self.args.max_new_tokens, "temperature": 0.0, **settings}
+        limit = settings.pop("max_new_tokens")  # a decision may think as long as an answer
+        send = {"logprobs": True, "top_logprobs": 5, "max_completion_tokens": limit}
+        for name in settings.keys() & {"temperature", "seed"}:
+            send[name] = settings.pop(name)
+        while True:
+            accepted = {name: send[name] for name in send if name not in self.refused}
+            if "max_completion_tokens" not in accepted:
+                accepted["max_tokens"] = limit
+            try:
+                return super().answers(questions, {**settings, "send": accepted})
+            except Refused as refused:
+                names = ", ".join(refused.args)
+                print(f"the server refuses {names}: left out from now on", flush=True)
+                self.refused = [*self.refused, *refused.args]
+                write(self.path, {**read_json(self.path), self.name: self.refused})
+
+    def compute(self, missing, settings):
+        """Yield {key: output}, one at a time, as the replies arrive."""
+        pool = ThreadPoolExecutor(self.args.concurrency)
         try:
-            asked = {pool.submit(work, settings, name, number, prompt): (name, number)
-                     for name, (prompt, numbers) in items.items() for number in numbers if (name, number) in missing}
-            for done in as_completed(asked):
-                try:
-                    output, self.answered, self.rejected = done.result(), True, 0
-                except self.openai.OpenAIError as error:
-                    output = self.failed(error)
-                yield {asked[done]: output}
-            if asked and not self.answered:
-                raise UserError(self.refusal)
-        finally:  # after an error or Ctrl-C nothing more is asked
+            jobs = {pool.submit(self.attempt, question, settings): key
+                    for key, question in missing.items()}
+            for job in as_completed(jobs):
+                output = job.result()
+                self.failures = self.failures + 1 if "failed" in output else 0
+                if self.failures == 20:
+                    raise UserError(f"20 replies in a row failed, the last one: {output['failed']}."
+                                    " Check --base-url (most end in /v1) and --model")
+                yield {jobs[job]: output}
+        finally:  # after an error or Ctrl-C no new request is sent
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def failed(self, error):
-        """One question that is too long or not allowed counts as failed; whatever else goes wrong ends the run."""
-        text = " ".join(str(error).split()).replace(self.key, "...")[:300]
-        self.rejected += 1
-        if re.search("temperature['\"]? (?:is|does) not", text):
-            raise UserError("the server refuses the temperature: give --temperature none --draft-temperature none")
-        self.refusal = (f"the server says: {text}; what is finished is kept, the same command goes on. Check "
-                        "--base-url (most end in /v1), --model, --chat and OPENAI_API_KEY")
-        if not isinstance(error, self.openai.BadRequestError) or self.rejected == 10:
-            raise UserError(self.refusal) from None
-        print(f"the server rejected a question: {text}", file=sys.stderr)
-        return failed_output()
-
-    def generate(self, settings, name, number, prompt):
-        """One text."""
-        seed = int(short_hash([settings.get("sample_seed"), name, number])[:7], 16)
-        limit, stop = settings["max_new_tokens"], settings["stop"]
-        text, tokens, ended_by, usage = self.request(prompt, limit, settings["temperature"], seed)
-        whole = ended_by not in ("length", "content_filter")  # servers have many words for a good end
-        return {"text": up_to(stop, text), "stopped": whole or bool(stop and re.search(stop, text)),
-                "tokens": usage.completion_tokens, "prompt_tokens": usage.prompt_tokens,
-                "logprob": sum(logprob for _, logprob, _ in tokens) if tokens else None}
-
-    def choose(self, settings, name, number, prompt):
-        """The first of two options against the second: from log-probabilities, else 0 or 1 by the word."""
-        prompt, begun = prompt
-        first, second = (option.strip() for option in settings["options"])
-        if isinstance(prompt, str):
-            prompt += begun
-        elif begun:  # a server does not go on with a turn of a chat: the decision is asked for in another
-            question = f"{settings['before']} {first} or {second}? Answer with this one word."
-            prompt = [*prompt, {"role": "assistant", "content": begun.removesuffix(settings["before"]).strip() or "-"},
-                      {"role": "user", "content": question}]
-        text, tokens, _, usage = self.request(prompt, 8, 0.0, 0, top=5)
-        word = re.search(rf"\b(?:{first}|{second})\b", text)
-        p = float(bool(word) and word[0] == first)
-        listed = next((others for token, _, others in tokens if token.strip() in (first, second)), None) or {}
-        least = min(listed.values(), default=-math.inf)  # what is not listed is at most as likely as the last listed
-        a, b = (max((logprob for token, logprob in listed.items() if token.strip() == option), default=least)
-                for option in (first, second))
-        if max(a, b) > -math.inf:
-            p = 1 / (1 + math.exp(min(b - a, 700)))  # some servers give -9999, whose exponential is too large
-        return {"p": p, "prompt_tokens": usage.prompt_tokens}
-
-    def request(self, prompt, max_tokens, temperature, seed, top=0):
-        """(text, [(token, logprob, {token: logprob}), ...], why it ended, usage)."""
-        chat = isinstance(prompt, list)
-        settings = {"model": self.name, "seed": seed}
-        if not self.silent:
-            settings["temperature"] = temperature
-        if chat:
-            settings |= {"messages": prompt, "max_completion_tokens": max_tokens}
-            settings |= {"logprobs": True, "top_logprobs": top} if self.logprobs else {}
-        else:
-            settings |= {"prompt": prompt, "max_tokens": max_tokens, "stop": ["\nQuestion:"]}
-            settings |= {"logprobs": max(top, 1)} if self.logprobs else {}
+    def attempt(self, question, settings):
+        """The output for one question, or one that has "failed"."""
+        work = self.write if settings["kind"] == "generate" else self.decide
+        errors = self.openai
         try:
-            reply = (self.client.chat if chat else self.client).completions.create(**settings)
-        except ValueError:  # no JSON
-            reply = None
-        except self.openai.OpenAIError as error:
-            if "logprobs" not in settings or "logprobs" not in str(error):
-                raise
-            print("the server gives no log-probabilities: decisions are read from words", file=sys.stderr)
-            self.logprobs = False
-            return self.request(prompt, max_tokens, temperature, seed)
-        if not getattr(reply, "choices", None) or not reply.usage:
-            raise UserError("the server answers, but not as an OpenAI-compatible one: most addresses end in /v1")
-        choice, given = reply.choices[0], reply.choices[0].logprobs
-        if chat:
-            text = choice.message.content or ""
-            tokens = [(token.token, token.logprob, {other.token: other.logprob for other in token.top_logprobs or ()})
-                      for token in given and given.content or ()]
-        else:
-            text = choice.text.partition("\nQuestion:")[0]  # some servers give the stop back
-            tokens = [*zip(given.tokens or (), given.token_logprobs or (), given.top_logprobs or ())] if given else []
-        text = text.encode("utf-8", "replace").decode()  # without half characters
-        return text, tokens, choice.finish_reason, reply.usage
+            return work(*question, settings)
+        except (errors.OpenAIError, ValueError, TypeError, AttributeError) as error:  # unusable
+            text = f"{error} {getattr(error, 'body', None) or ''}"
+            text = " ".join(text.split()).replace(self.api_key, "...")[:300]
+            if isinstance(error, (errors.AuthenticationError, errors.NotFoundError,
+                                  errors.APIConnectionError)):  # no question would fare better
+                raise UserError(f"the server failed: {text} Check --base-url (most end in /v1), "
+                                "--model and OPENAI_API_KEY") from None
+            if getattr(error, "status_code", 0) in (400, 422) and "context" not in text:
+                for names in (["top_logprobs"], ["logprobs", "top_logprobs"], ["temperature"],
+                              ["seed"], ["max_completion_tokens"]):
+                    if names[0] in settings["send"] and names[0] in text:
+                        raise Refused(*names) from None
+            return {"failed": text, "text": "", "finished": False, "tokens": 0,
+                    "prompt_tokens": 0, "logprob": None, "p": math.nan}
+
+    def request(self, turns, send):
+        """(text without thoughts, is it complete, its tokens' log-probabilities, usage)."""
+        messages = [{"role": role, "content": text} for role, text in turns]
+        reply = self.client.chat.completions.create(
+            model=self.args.model, messages=messages, **send)
+        [choice, *_] = getattr(reply, "choices", None) or [None]
+        text = choice and choice.message and choice.message.content or ""
+        if isinstance(text, list):  # some servers send parts
+            text = "".join(part.get("text") or "" for part in text
+                           if part.get("type", "text") == "text")
+        text = text.encode("utf-8", "replace").decode()  # no half characters
+        text = without_thoughts(text).strip()
+        reason = str(choice and choice.finish_reason).lower()
+        if not text or reason in ("error", "abort", "content_filter"):
+            raise ValueError(f"no usable text (finish_reason {reason}) in {reply}")
+        if not choice.logprobs and "logprobs" in send:  # said once, as if refused
+            raise Refused("logprobs", "top_logprobs")
+        tokens = getattr(choice.logprobs, "content", None) or []
+        tokens = [token for token in tokens if token.logprob is not None]
+        usage = {"tokens": getattr(reply.usage, "completion_tokens", None) or len(tokens),
+                 "prompt_tokens": getattr(reply.usage, "prompt_tokens", None) or 0}
+        return text, reason in self.complete, tokens, usage
+
+    def write(self, prompt, begun, number, settings):
+        """One text."""
+        send, stop = settings["send"], settings["stop"]
+        if "seed" in send:  # one for each sample: equal seeds would give equal texts
+            seed = int(short_hash([send["seed"], prompt, number])[:7], 16)
+            send = {**send, "seed": seed}
+        text, complete, tokens, usage = self.request([("user", prompt)], send)
+        return {**usage, "text": up_to(stop, text),
+                "finished": complete or bool(stop and re.search(stop, text)),
+                "logprob": sum(token.logprob for token in tokens) if tokens else None}
+
+    def decide(self, prompt, begun, number, settings):
+        """The probability of the first of two words: from log-probabilities, else 1 or 0."""
+        first, second = words = [option.strip() for option in settings["options"]]
+        asked = begun.removesuffix(DECISION).strip() or "-"  # a server does not continue a turn
+        turns = [("user", prompt), ("assistant", asked),
+                 ("user", f"{DECISION} {first} or {second}? Answer with this one word.")]
+        text, _, tokens, usage = self.request(turns, settings["send"])
+        word = read_decision(text, words)
+        if not word:
+            raise ValueError(f"neither {first} nor {second} in {text!r}")
+        p = float(word == first)
+        said = [token for token in tokens if read_decision(token.token, words) == word]
+        if re.match(rf"\W*{word}\b", text, re.I):  # the decision, then an explanation
+            said = said[-len(re.findall(rf"\b{word}\b", text, re.I)):][:1]
+        for token in said[-1:]:
+            mass = dict.fromkeys([*words, None], 0.0)
+            for other in token.top_logprobs or []:
+                mass[read_decision(other.token, words)] += (
+                    math.nan if other.logprob is None else math.exp(other.logprob))
+            if mass[first] + mass[second] > 0:
+                p = mass[first] / (mass[first] + mass[second])
+        return {"p": p, "prompt_tokens": usage["prompt_tokens"]}
 
 
-# --- QLoRA. The loop is transformers.Trainer's.
+def read_decision(text, words):
+    """The one of the words that a text consists of, ends with after a colon, or begins with.
+
+    >>> read_decision("**Refine: YES**", ["Yes", "No"]), read_decision("Not sure.", ["Yes", "No"])
+    ('Yes', None)
+    """
+    for word in words:
+        begins = rf"[\W_]*(refine\W+)?{word}\s*([^\w\s]|\n)"
+        if re.match(rf"(?s:(.*:)?[\W_]*{word}[\W_]*$)|{begins}", text, re.I):
+            return word
+    return None
 
 
-@enough_memory("this training does not fit: take a smaller model, or --adapter-bits 4")
-def add_lora(model, task_type, rank, start=None, seed=0):
-    """LoRA on all linear layers of a frozen base; adapters and head in fp32. `start`: an adapter to go on from."""
+def adapter_folder(args, name):
+    """The folder of an adapter: "asker", "finetuned" or "truster"."""
+    source = "truster_from" if name == "truster" else "asker_from"
+    return args.shared / (getattr(args, source, None) or args.run) / name
+
+
+def how_to_train(args, name):
+    """The command that trains an adapter; "" if it is trained."""
+    folder = adapter_folder(args, name)
+    if read_json(folder / "args.json").get("finished"):
+        return ""
+    script = "train_truster.py" if name == "truster" else "train_asker.py"
+    return f"python {script} --task {args.task} --run {folder.parent.name}"
+
+
+def open_model(args, name):
+    """The LLM ("llm"), or a base with the adapter of this name."""
+    if name == "llm":
+        return Server(args) if args.base_url else Local(args, args.model, args.bits or 4)
+    folder = adapter_folder(args, name)
+    if command := how_to_train(args, name):
+        raise UserError(f"no trained adapter in {folder}: run {command}")
+    about = read_json(folder / "args.json")
+    model = Local(args, about["model"], about["bits"], folder, scorer=name == "truster")
+    model.strategy, model.prior_odds = about.get("strategy"), about.get("prior_odds", 1.0)
+    return model
+
+
+# ==================================================
+# Part 5. QLoRA: a small adapter is trained beside a frozen model
+# ==================================================
+
+
+def add_lora(model, task_type, rank, start=None):
+    """LoRA on all linear layers of a frozen model; `start` is an adapter to continue from.
+
+    What is trained (the adapter, the Truster's head) is in fp32.
+    """
     import peft
     import torch
-    import transformers
-    transformers.set_seed(seed)  # the Trainer would seed only behind the draw of the first weights
-    if torch.cuda.is_available():
-        dtype = model.get_input_embeddings().weight.dtype
-        model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-        ends = model.get_input_embeddings(), model.get_output_embeddings()
-        embeddings = {id(layer.weight) for layer in ends if layer is not None}
-        for name, weight in model.named_parameters():  # it makes all of them fp32: gigabytes, and fp32 activations
-            if weight.dtype == torch.float32 and (dtype == torch.bfloat16 and "score" not in name
-                                                  or id(weight) in embeddings):  # in fp16 fp32 norms avoid overflow
-                weight.data = weight.data.to(dtype)
+    if torch.cuda.is_available():  # saves memory
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if start:
         model = peft.PeftModel.from_pretrained(model, start, is_trainable=True)
     else:
-        model = peft.get_peft_model(model, peft.LoraConfig(task_type=task_type, r=rank, lora_alpha=2 * rank,
-                                                           target_modules="all-linear"))
+        model = peft.get_peft_model(model, peft.LoraConfig(
+            task_type=task_type, r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     for weight in model.parameters():
-        if weight.requires_grad:
+        norm = weight.ndim == 1 and weight.dtype == torch.float16  # may overflow in fp16
+        if weight.requires_grad or norm:
             weight.data = weight.data.float()
     return model
 
 
-def fine_tune(model, examples, collate, loss, args, folder, epochs):
-    """Train the adapter of `model`, from its last checkpoint on; returns figures of it.
+def fine_tune(model, examples, collate, loss, args, folder, batch, at_once, epochs):
+    """Train the adapter of `model` and save it in `folder`. Returns {"steps", "curve", ...}.
 
-    `loss(model, batch)` gives {name: sum over the examples of the batch}; every example weighs the same.
+    `collate(examples)` makes the inputs; `loss(model, inputs)` returns {name: sum over the
+    examples}. A step takes `batch` examples, `at_once` of them in memory. It resumes from its
+    checkpoint, which is written every --save-steps steps.
     """
-    import peft
-    import safetensors.torch
-    steps = math.ceil(epochs * math.ceil(len(examples) / (args.batch_size * args.accumulate)))
-    reset_peak_memory()
-    random.Random(args.seed).shuffle(examples)  # the Trainer's sampler has a seed of its own, the same for all runs
-    trainer = make_trainer(model, examples, collate, loss, args, folder / "checkpoints", steps)
-    last = last_checkpoint(folder / "checkpoints")
-    trainer.reported = last[0] if last else 0
-    if last and last[0] >= steps:  # stopped behind the last step: the Trainer would take another
-        peft.set_peft_model_state_dict(model, safetensors.torch.load_file(last[1] / "adapter_model.safetensors"))
-        trainer.state = trainer.state.load_from_json(last[1] / "trainer_state.json")
-    else:
-        with enough_memory("lower --batch-size, and raise --accumulate as much"):
-            trainer.train(resume_from_checkpoint=last and str(last[1]))
-        trainer.report()
+    import torch
+    device, dtype = model.device, model.get_input_embeddings().weight.dtype
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), weight_decay=0.0)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    steps_a_pass = math.ceil(len(examples) / batch)
+    steps = math.ceil(epochs * steps_a_pass)
+
+    path = folder / "checkpoint.pt"
+    saved = {"step": 0, "curve": [], "seconds": 0, "sums": {}, "seen": 0}
+    if path.is_file():
+        saved = torch.load(path, map_location=device, weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        model.load_state_dict(saved["weights"], strict=False)
+        print(f"resuming at step {saved['step']} of {steps}")
+    tracker = args.report_to and importlib.import_module(args.report_to)
+    if tracker:
+        tracker.init(project="art", name=f"{args.task} {args.run} {folder.name}")
+
+    model.train()
+    curve, began = saved["curve"], time.time() - saved["seconds"]
+    sums, seen = collections.Counter(saved["sums"]), saved["seen"]  # since the last line
+    for step in range(saved["step"], steps):
+        number, place = divmod(step, steps_a_pass)
+        order = random.Random(f"{args.seed} {number}").sample(examples, len(examples))
+        chosen = order[place * batch: (place + 1) * batch]
+        chosen.sort(key=lambda example: len(example["input_ids"]))  # less padding
+        for start in range(0, len(chosen), at_once):
+            inputs = collate(chosen[start: start + at_once])
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                parts = loss(model, inputs)
+            scaler.scale(sum(parts.values()) / len(chosen)).backward()
+            sums.update({name: part.item() for name, part in parts.items()})
+        seen += len(chosen)
+        if not all(map(math.isfinite, sums.values())):
+            raise UserError(f"the loss is not finite at step {step + 1}: lower --lr, or give "
+                            "--adapter-bits 32")
+
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        warm_up = (step + 1) / (0.05 * steps)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = args.lr * min(warm_up, cosine)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        done = step + 1
+        if done % 10 == 0 or done == steps:
+            means = {name: round(value / seen, 4) for name, value in sums.items() if value}
+            curve.append({"step": done, **means})
+            print("  ".join(f"{key} {value:.4g}" for key, value in curve[-1].items()), flush=True)
+            if tracker:
+                tracker.log(means, step=done)
+            sums, seen = collections.Counter(), 0
+        if done % args.save_steps == 0 or done == steps:
+            state = {"step": done, "curve": curve, "seconds": time.time() - began,
+                     "sums": dict(sums), "seen": seen,
+                     "weights": weights, "optimizer": optimizer.state_dict(),
+                     "scaler": scaler.state_dict()}
+            torch.save(state, f"{path}.part")
+            Path(f"{path}.part").replace(path)
+    if tracker:
+        tracker.finish()
     model.save_pretrained(folder)
-    history, names = trainer.state.log_history, ("step", "text", "decision", "pairs")
-    clock = [entry["train_runtime"] for entry in history if "train_runtime" in entry]  # each start begins at 0
-    return {"steps": steps, "trained_on": len(examples), "tokens": trainer.state.num_input_tokens_seen,
-            "trainable": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-            "curve": [{name: entry[name] for name in names if name in entry} for entry in history if "loss" in entry],
-            "seconds": sum(now for now, after in zip(clock, [*clock[1:], 0.0]) if after < now),
-            "resumed_at": last[0] if last else 0, "peak_memory": peak_memory()}
+    return {"steps": steps, "trained_on": len(examples), "seconds": round(time.time() - began),
+            "curve": curve}
 
 
-def training_arguments(args, folder, steps, dtype):
-    """How transformers.Trainer trains, saves and logs."""
-    import torch
-    import transformers
-    cuda = torch.cuda.is_available()
-    settings = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=steps, learning_rate=args.lr, lr_scheduler_type="cosine", warmup_steps=0.05,
-        per_device_train_batch_size=args.batch_size, gradient_accumulation_steps=args.accumulate, optim="adamw_torch",
-        train_sampling_strategy="batch_rebalance", seed=args.seed, use_cpu=not cuda, report_to=args.report_to,
-        bf16=cuda and dtype == torch.bfloat16, fp16=cuda and dtype == torch.float16, save_steps=args.save_steps,
-        save_total_limit=1, logging_steps=math.gcd(10, args.save_steps), logging_nan_inf_filter=False,
-        disable_tqdm=True, remove_unused_columns=False, include_num_input_tokens_seen="non_padding")
-    settings._n_gpu = min(settings.n_gpu, 1)  # DataParallel knows no 4-bit weights
-    return settings
+def train_adapter(args, name, records, examples, script, collate, loss, epochs, start=None,
+                  **settings):
+    """Train the adapter "finetuned", "asker" or "truster", unless it is finished.
 
-
-def make_trainer(model, examples, collate, loss, args, folder, steps):
-    """transformers.Trainer with a loss of named parts, which it prints; it stops where one of them is not finite."""
-    import transformers
-
-    class Trainer(transformers.Trainer):
-        loss_is_scaled_for_ga = True  # batches of a step differ in size: divided by the examples of a step
-        parts, reported = {}, 0
-
-        def _load_scaler(self, checkpoint):
-            if self.accelerator.scaler is not None:  # else fp16 goes on as fp32, which needs none
-                super()._load_scaler(checkpoint)
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            per_step = args.batch_size * args.accumulate
-            parts = {name: value / per_step for name, value in loss(model, inputs).items()}
-            for name, value in parts.items():
-                self.parts[name] = self.parts.get(name, 0.0) + value.item()
-            if not all(map(math.isfinite, self.parts.values())):
-                raise UserError(f"the loss is not finite at step {self.state.global_step + 1}: lower --lr, or give "
-                                "--compute fp32; the last checkpoint is kept")
-            return sum(parts.values())
-
-        def log(self, logs, *rest):
-            super().log({**logs, **self.report()} if "loss" in logs else logs, *rest)
-
-        def report(self):
-            """Print the mean of each part since the last report, and return it."""
-            step, since, self.reported = self.state.global_step, self.reported, self.state.global_step
-            means = {name: round(value / (step - since), 4) for name, value in self.parts.items() if value}
-            self.parts = {}
-            if means:
-                said = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-                coin = " (0.69 is a coin)" if means.keys() - {"text"} else ""
-                print(f"step {step}/{steps}  {said}{coin}", flush=True)
-            return means
-
-    dtype = model.get_input_embeddings().weight.dtype
-    trainer = Trainer(model, training_arguments(args, folder, steps, dtype), collate, examples)
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-def last_checkpoint(folder):
-    """(step, folder) of the last whole checkpoint, or None; its trainer_state.json is written last."""
-    found = []
-    for path in folder.glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(ValueError):  # half-written: a run was killed
-            found.append((json.loads(path.read_text("utf-8"))["global_step"], path.parent))
-    return max(found, default=None)
-
-
-def reset_peak_memory():
-    """Let `peak_memory` count from here; on a CPU it cannot be reset."""
-    import torch
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory():
-    """Bytes that tensors took at most on the GPU, else that this process took; None where neither is known."""
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        return sys.modules["torch"].cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def code_hash(function):
-    """A hash of a function's syntax tree: comments, docstrings and spacing do not count."""
-    tree = ast.parse(inspect.getsource(function))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return short_hash(ast.dump(tree))
-
-
-def train_adapter(run, name, base, records, examples, functions, fine_tune, followers=(), **about):
-    """Let `fine_tune(folder)` train an adapter unless it is finished; refused if something else was trained there.
-
-    args.json holds what it follows from: `about`, examples, settings, weights, the code of `functions`; and what
-    fine_tune returns. questions.txt keeps which `records` it saw. `followers` start from it: --overwrite deletes them,
-    too.
+    `start` is the name of an adapter to continue from. args.json holds the settings (a training
+    with others is refused), versions and figures. questions.txt holds hashes of the questions.
     """
-    args, folder = run.args, run.folder / name
-    path, keys = folder / "args.json", ("seed", "lr", "rank", "batch_size", "accumulate", "max_length")
-    now = {**about, **{key: getattr(args, key) for key in keys}, "bits": args.adapter_bits,
-           "weights": weights_id(base, run.task), "examples": short_hash(examples),
-           "code": {f.__name__: code_hash(f) for f in functions}}
-    with locked(folder):
-        if args.overwrite:
-            for old in (folder, *(run.folder / follower for follower in followers)):
-                shutil.rmtree(old, ignore_errors=True)
-        then = json.loads(path.read_text("utf-8")) if path.is_file() else now
-        same = {"code"}
-        if then.get("batch_size", 0) * then.get("accumulate", 0) == now["batch_size"] * now["accumulate"]:
-            same |= {"batch_size", "accumulate"}  # the same steps in less memory
-        differ = [f"{key} ({then.get(key)} then, {value} now)" for key, value in now.items()
-                  if key not in same and then.get(key) != value]
-        differ += [f"the code of {key}" for key, value in now["code"].items() if then.get("code", {}).get(key) != value]
-        if differ:
-            raise UserError(f"{folder} was trained otherwise: {', '.join(differ)}. Give --run NEW to train beside it, "
-                            "or --overwrite")
-        if "steps" in then:
-            return print(f"{folder} is trained already: nothing to do")
-        write(folder / "questions.txt", "".join(question_hash(record) + "\n" for record in records))
-        write(path, now)
-        write(path, {**now, "model": base, **fine_tune(folder)})
+    import torch
+    role = "truster" if name == "truster" else "asker"
+    base, batch, at_once = (getattr(args, f"{role}_{key}") for key in ("model", "batch", "at_once"))
+    args.adapter_bits = args.adapter_bits or (4 if torch.cuda.is_available() else 32)
+    folder, start = args.folder / name, start and args.folder / start
+    now = {**settings, "weights": weights_id(base), "bits": args.adapter_bits, "seed": args.seed,
+           "lr": args.lr, "rank": args.rank, "max_length": args.max_length, "batch": batch,
+           "epochs": epochs, "start": start and weights_id(start), "examples": short_hash(examples),
+           "code": code_hash(Path(script).read_text("utf-8"))}
+    if args.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    about = read_json(folder / "args.json")
+    for key, value in now.items():
+        if about and about.get(key) != value:
+            raise UserError(f"{folder} was trained with other settings: {key} was "
+                            f"{about.get(key)}, is now {value}. Give --run NEW, or --overwrite to "
+                            "train it again")
+    if about.get("finished"):
+        print(f"{folder} is trained already")
+        return
+    short = [example for example in examples if len(example["input_ids"]) <= args.max_length]
+    print(f"{len(short):,} of {len(examples):,} examples have at most {args.max_length} tokens")
+    if not short:
+        raise UserError("no example is short enough: raise --max-length")
+    hashes = [question_hash(record) + "\n" for record in records]
+    write(folder / "questions.txt", "".join(hashes))
+    about = {**now, "model": base, **provenance(), "finished": False}
+    write(folder / "args.json", about)
+    torch.manual_seed(args.seed)  # the Truster's head and the adapter begin with random weights
+    model = load_base(base, args.adapter_bits, scorer=role == "truster")
+    model = add_lora(model, "SEQ_CLS" if role == "truster" else "CAUSAL_LM", args.rank, start)
+    collate = functools.partial(collate, load_tokenizer(base).pad_token_id)
+    figures = fine_tune(model, short, collate, loss, args, folder, batch, at_once, epochs)
+    write(folder / "args.json", {**about, **figures, "finished": True})
 
 
-def push(run, name):
-    """Upload an adapter to the repository --push of the Hub, with a model card from its args.json."""
-    import huggingface_hub
-    args, about, folder = run.args, run.about(name), run.adapter(name)
-    header = huggingface_hub.ModelCardData(base_model=about["model"], library_name="peft", license="other",
-                                           license_name="that-of-the-base-model", tags=["art", "arxiv:2311.07961"])
-    figures = {key: value for key, value in about.items() if key not in ("code", "curve", "dev")}
-    figures |= {f"dev {key}": value for key, value in about.get("dev", {}).items()}
-    write(folder / "README.md", "\n".join([
-        "---", header.to_yaml(), "---", f"# {name} of Ask, Refine, and Trust, for {args.task}", "",
-        f"A LoRA adapter of {about['model']}, trained on samples that an LLM gave to the questions of {args.task}.", "",
-        f"    {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}", "", "| setting or figure | |",
-        "| --- | --- |", *(f"| {key} | {value} |" for key, value in figures.items()), "",
-        "The licence of the base model holds, and that of the data.", ""]))
-    try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(args.push, private=True, exist_ok=True)
-        api.upload_folder(repo_id=args.push, folder_path=folder, ignore_patterns=["checkpoints/*", "questions.txt"])
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot push to {args.push}: {text}; log in with: hf auth login") from None
-    print(f"{folder} is in the repository {args.push}")
-
-
-def drop_long(examples, max_length):
-    """Examples of at most `max_length` tokens; longer ones are left out and counted: cutting would cut the answer."""
-    kept = [example for example in examples if len(example["input_ids"]) <= max_length]
-    if not kept:
-        raise UserError(f"all {len(examples)} examples exceed --max-length {max_length} tokens: raise it")
-    long = len(examples) - len(kept)
-    print(f"{len(kept):,} examples; {long:,} longer than --max-length {max_length} are left out")
-    if long > 0.02 * len(examples):
-        print("warning: these are more than 2%: raise --max-length")
-    return kept
-
-
-# ======================================================================================================================
+def add_figure(args, name, key, measure):
+    """Add the figure `measure(args)` on dev to the adapter's args.json, unless it is there."""
+    path = args.folder / name / "args.json"
+    about = read_json(path)
+    if key not in about:
+        about[key] = measure(args)
+        write(path, about)
+    figure = "none, all are of one kind" if about[key] is None else f"{about[key]:.3f}"
+    print(f"AUC on dev (1 is perfect, 0.5 a coin): {figure}")
 
 
 def main():
-    parser = make_parser(__doc__)
-    parser.add_argument("command", choices=("sample", "subquestions", "solve"))
-    parser.add_argument("question", nargs="?", help="the question, in quotes (solve)")
-    parser.add_argument("--random", action="store_true", help="solve one of the test questions")
-    parser.add_argument("--k", type=positive, help="samples of a question (default by preset)")
+    parser = make_parser(__doc__, "solve")
+    parser.add_argument("question", nargs="?", help="the question, in quotes")
+    parser.add_argument("--random", action="store_true", help="take one of the test questions")
     args = parse(parser)
-    {"sample": sample, "subquestions": subquestions, "solve": solve}[args.command](args)
+    question = " ".join((args.question or "").split())
+    if args.random:
+        question = random.choice(load_split(args, "test"))["question"]
+    elif not question:
+        raise UserError("give a question in quotes, or --random for one of the test questions")
+    elif args.preset == "toy":
+        print("note: the toy's models read only questions worded like the toy's (--random)")
+
+    threshold = 0.5  # until evaluate.py sets it on dev
+    for row in read_json(args.folder / "results.json").get("rows", []):
+        if row["row"] == "art":
+            threshold = row["threshold"]
+    models = [open_model(args, name) for name in ("llm", "asker", "truster")]
+    result = ask_refine_trust(*models, args, {"question": question}, threshold)
+    asked, refined = result["asked"], result.get("refined")
+    show({"question": question, "draft": result["draft"]["text"],
+          "sub-questions": "\n".join(asked["subquestions"]),
+          "decision": f"p(draft is wrong) = {asked['p_refine']:.3f}, threshold {threshold:.3f}: "
+                      f"{'refine' if refined else 'keep the draft'}"})
+    if refined:
+        scores = "draft {:.2f}, refined {:.2f}".format(*result["scores"])
+        show({"refined": refined["text"], "Truster": scores})
+    final = result["final"]
+    show({"answer": final["answer"] if is_readable(final) else "none: cut off, or unreadable"})
 
 
 if __name__ == "__main__":

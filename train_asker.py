@@ -1,10 +1,11 @@
-"""Fine-tune the Asker with QLoRA: first on the task itself, then on asking and deciding (paper, section 3.2).
+"""Fine-tune the Asker with QLoRA: first on the task, then on asking (paper, section 3.2).
 
     python train_asker.py
 
-Stage 1, `finetuned`: question -> sub-questions and steps. Stage 2, `asker`: question and draft -> gold sub-questions
-and "Refine: Yes" where the draft is wrong. The drafts are the samples of `python art.py sample`; the LLM is not loaded.
-Both adapters are written to runs/<task>/<run>/, each with args.json: what made it, and its figures.
+Stage 1, adapter `finetuned`: question -> sub-questions and steps of the gold solution. Stage 2,
+adapter `asker`: question and draft -> sub-questions, then "Refine: Yes" if the draft is incorrect.
+The drafts are the samples of data/sample.py; the LLM is not loaded. Both adapters are saved in
+runs/TASK/RUN, each with args.json: what made it, and its figures.
 """
 
 import numpy as np
@@ -13,155 +14,145 @@ import art
 
 
 def encode(tokenizer, prompt, target, weight=0.0):
-    """An example: `target` is learned. With `weight` its last word, the decision, is a term of its own.
+    """An example: the model learns to continue `prompt` with `target`.
 
-    That word, Yes or No, is one token: `Local.choose` asserts it.
+    Returns {"input_ids", "target": its number of tokens, "decision": the position of Yes or No in
+    the target (None without a decision), "weight" of the decision in the loss}.
     """
-    target = tokenizer(target, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return {"input_ids": tokenizer(prompt)["input_ids"] + target, "target": len(target), "weight": weight}
+    decision = None
+    ids = art.token_ids(tokenizer, target, special=False) + [tokenizer.eos_token_id]
+    if weight:
+        before = target[: target.rindex(art.DECISION) + len(art.DECISION)]
+        decision = len(art.token_ids(tokenizer, before, special=False))
+    return {"input_ids": art.token_ids(tokenizer, prompt) + ids, "target": len(ids),
+            "decision": decision, "weight": weight}
 
 
 def task_examples(records, tokenizer, strategy):
-    """Stage 1: one example a question."""
-    return [encode(tokenizer, art.predict_prompt(record, strategy),
-                   art.solution_text(record["solution"], record["answer"], strategy)) for record in records]
-
-
-def drafts_of(records, samples):
-    """[(record, draft, is it right?), ...]: the different samples of each question; refused if all are of one kind."""
-    drafts = [(record, text, correct) for record in records
-              for text, correct in art.labels_of(samples[record["id"]]).items()]
-    wrong = sum(not correct for *_, correct in drafts)
-    if not 0 < wrong < len(drafts):
-        raise art.UserError(f"{wrong} of {len(drafts)} drafts are wrong, the Asker needs right and wrong ones: draw "
-                            "more with art.py sample --k 8, or use another --model")
-    print(f"{len(drafts):,} drafts of {len(records):,} questions, {wrong / len(drafts):.1%} wrong")
-    return drafts
-
-
-def ask_examples(drafts, subquestions, tokenizer, end_to_end=False):
-    """Stage 2: one example a draft; right and wrong drafts weigh the same in sum. `end_to_end`: all four steps."""
-    share = np.mean([not correct for *_, correct in drafts])
+    """Stage 1: one example for each question."""
     examples = []
-    for record, draft, correct in drafts:
-        asked = subquestions[record["id"]]
-        if end_to_end:
-            solution = art.solution_text(record["solution"], record["answer"])
-            examples.append(encode(tokenizer, art.predict_prompt(record),
-                                   art.end_to_end_target(draft, asked, not correct, solution)))
-        else:
-            examples.append(encode(tokenizer, art.ask_prompt(record, draft), art.ask_target(asked, not correct),
-                                   0.5 / (1 - share if correct else share)))
+    for record in records:
+        target = art.solution_text(record["solution"], record["answer"], strategy)
+        examples.append(encode(tokenizer, art.predict_prompt(record, strategy), target))
     return examples
 
 
-def make_collate(pad):
-    """Batches of examples, padded on the left, so that all targets stand at the end."""
-    def collate(examples):
-        import torch
-        ids, mask = art.pad_left([e["input_ids"] for e in examples], pad)
-        width = max(e["target"] for e in examples)
-        text, decision = torch.zeros(2, len(examples), width)
-        for row, example in enumerate(examples):
-            text[row, width - example["target"]:] = 1 / example["target"]
-            if example["weight"]:
-                text[row, -2], decision[row, -2] = 0.0, example["weight"]  # the last word before the end-of-text token
-        return {"input_ids": ids, "attention_mask": mask, "text": text, "decision": decision}
-    return collate
+def drafts_of(args, records, lines):
+    """[(record, draft, is it correct?), ...]: the distinct samples of each question."""
+    drafts = []
+    for record in records:
+        for text, correct in art.distinct_samples(lines, record).items():
+            drafts.append((record, text, correct))
+    correct = sum(correct for *_, correct in drafts)
+    if correct in (0, len(drafts)):
+        raise art.too_few(args, lines, f"{correct} of {len(drafts)} samples are correct, but the "
+                          "Asker learns from correct and incorrect ones")
+    return drafts
 
 
-def loss(model, batch):
-    """Cross-entropy of the targets, mean over a text, and of the decisions: one token would drown in the text's mean.
+def ask_examples(drafts, subquestions, tokenizer):
+    """Stage 2: one example for each draft. Correct and incorrect drafts weigh the same in total."""
+    incorrect = np.mean([not correct for *_, correct in drafts])
+    examples = []
+    for record, draft, correct in drafts:
+        target = art.ask_target(subquestions[record["id"]], refine=not correct)
+        weight = 0.5 / (1 - incorrect if correct else incorrect)
+        examples.append(encode(tokenizer, art.ask_prompt(record, draft), target, weight))
+    return examples
 
-    Both are sums over the examples of the batch, {"text": ..., "decision": ...}.
+
+def collate(pad, examples):
+    """The inputs of the model, padded on the left: all targets end in the last column."""
+    import torch
+    ids, mask = art.pad_left([example["input_ids"] for example in examples], pad)
+    width = max(example["target"] for example in examples)
+    text, decision = torch.zeros(2, len(examples), width)  # weights of the tokens in the loss
+    for row, example in enumerate(examples):
+        start = width - example["target"]
+        text[row, start:] = 1 / example["target"]
+        if example["weight"]:
+            place = start + example["decision"]
+            text[row, place], decision[row, place] = 0.0, example["weight"]
+    return {"input_ids": ids, "attention_mask": mask, "text": text, "decision": decision}
+
+
+def loss(model, inputs):
+    """The parts of the loss, as sums over the examples: {"text": ..., "decision": ...}.
+
+    Cross-entropy, the mean over a target's tokens. The decision has a term of its own: as one token
+    of many it would hardly count.
     """
     from torch.nn.functional import cross_entropy
-    ids, mask, width = batch["input_ids"], batch["attention_mask"], batch["text"].shape[1]
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=art.places(mask), use_cache=False,
-                   logits_to_keep=width + 1).logits[:, :-1]  # the head works only where something is learned
-    losses = cross_entropy(logits.float().flatten(0, 1), ids[:, -width:].flatten(), reduction="none").view(-1, width)
-    return {name: (losses * batch[name]).sum() for name in ("text", "decision")}
+    ids, mask, width = inputs["input_ids"], inputs["attention_mask"], inputs["text"].shape[1]
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=art.positions(mask),
+                   use_cache=False, logits_to_keep=width + 1).logits[:, :-1]
+    losses = cross_entropy(logits.float().flatten(0, 1), ids[:, -width:].flatten(),
+                           reduction="none").view(-1, width)
+    return {name: (losses * inputs[name]).sum() for name in ("text", "decision")}
 
 
 def load_subquestions(args, records):
-    """{id: sub-questions} to learn from: gold, written by the LLM, or none (ablation)."""
+    """{id: sub-questions to learn}: gold, written by the LLM, or none (--subquestions)."""
+    gold = {record["id"]: art.gold_subquestions(record) for record in records}
+    path = args.shared / "subquestions.jsonl"
+    fix = f"run python data/sample.py --task {args.task} --subquestions"
+    if args.subquestions is None:
+        args.subquestions = "gold" if any(gold.values()) else "generated"
+        if args.subquestions == "generated" and not path.is_file():
+            args.subquestions = "none"
+            print(f"without sub-questions the Asker learns only to decide. To learn to ask, {fix}")
     if args.subquestions == "generated":
-        mend = f"make it with: python art.py subquestions --task {args.task}"
-        lines = art.read_jsonl(args.runs / args.task / "subquestions.jsonl", mend)
-        generated = {line["id"]: line["subquestions"] for line in lines}
-        return {record["id"]: generated.get(record["id"], []) for record in records}
-    gold = {record["id"]: art.subquestions_of(record) if args.subquestions == "gold" else [] for record in records}
-    if args.subquestions == "gold" and not any(gold.values()):
-        raise art.UserError(f"{args.task} has no sub-questions: let the LLM write them with python art.py subquestions "
-                            f"--task {args.task}, then give --subquestions generated")
-    return gold
+        for line in art.read_jsonl(path, fix):
+            gold[line["id"]] = line["subquestions"]
+    elif args.subquestions == "gold" and not any(gold.values()):
+        raise art.UserError(f"{args.task} has no gold sub-questions: give --subquestions none")
+    return dict.fromkeys(gold, []) if args.subquestions == "none" else gold
 
 
-def train(run, name, records, examples, epochs, start=None, followers=(), **about):
-    """Train one adapter, from the adapter `start` if given, unless it is trained already."""
-    args, tokenizer = run.args, art.load_tokenizer(run.args.asker_model)
-
-    def fine_tune(folder):
-        kept = art.drop_long(examples, args.max_length)
-        ids, target = kept[0]["input_ids"], kept[0]["target"]
-        art.show_record({"prompt": tokenizer.decode(ids[:-target]), "target": tokenizer.decode(ids[-target:])})
-        model = art.load_base(args.asker_model, args.adapter_bits, compute=args.compute)
-        model = art.add_lora(model, "CAUSAL_LM", args.rank, start and run.folder / start, args.seed)
-        return art.fine_tune(model, kept, make_collate(tokenizer.pad_token_id), loss, args, folder, epochs)
-
-    begun = art.weights_id(run.folder / start, run.task) if start else None
-    art.train_adapter(run, name, args.asker_model, records, examples, (loss, make_collate), fine_tune, followers,
-                      epochs=epochs, start=begun, **about)
-
-
-def dev_figures(run, dev, samples):
-    """What the trained Asker makes of the drafts of dev."""
-    drafts = [samples[record["id"]]["draft"] for record in dev]
-    wrong = np.array([not art.verdict(run.args.task, draft, record["answer"]) for draft, record in zip(drafts, dev)])
-    if min(wrong.sum(), (~wrong).sum()) < 50:
-        print(f"warning: dev has {wrong.sum()} wrong and {(~wrong).sum()} right drafts; under 50 of a kind its figures "
-              "and thresholds are rough")
-    asked = art.ask(run.model("asker", "dev"), run.args, dev, drafts)
-    p = np.array([output["p_refine"] for output in asked])
-    gold = [art.subquestions_of(record) == output["subquestions"] for record, output in zip(dev, asked)]
-    return {"n": len(dev), "wrong_drafts": float(wrong.mean()), "auc": art.auc(p, wrong),
-            "right_decisions": float(np.mean((p >= 0.5) == wrong)), "gold_subquestions": float(np.mean(gold))}
+def dev_auc(args):
+    """The AUC of p_refine on the drafts of dev: which are incorrect?"""
+    records = art.load_split(args, "dev")
+    lines = art.load_samples(args, records)
+    drafts = [lines[record["id"]]["draft"] for record in records]
+    asker = art.open_model(args, "asker")
+    asker.label = "ask on dev"
+    asked = art.ask(asker, args, records, drafts)
+    return art.auc([output["p_refine"] for output in asked],
+                   [not draft["correct"] for draft in drafts])
 
 
 def main():
     parser = art.make_parser(__doc__, "asker")
-    parser.add_argument("--task-epochs", type=float, help="passes over the questions in stage 1, 0: none (by preset)")
-    parser.add_argument("--subquestions", default="gold", choices=("gold", "generated", "none"),
-                        help="to learn to ask: the data's, the LLM's own, or none, as an ablation (default gold)")
-    parser.add_argument("--end-to-end", action="store_true",
-                        help="instead of the Asker, train one model that does all four steps (row end_to_end)")
-    args = art.parse(parser, training="asker")
-    tokens = args.batch_size * args.max_length
-    art.announce_needs({args.asker_model: args.adapter_bits}, tokens=tokens, learned=tokens // 2)
-    run, tokenizer = art.Run(args), art.load_tokenizer(args.asker_model)
-    train_set, dev = art.load_split(args, "train"), art.load_split(args, "dev")
-    samples = art.load_samples(args, train_set + dev)
-    train_set = [record for record in train_set if record.get("solution")]
-    print(f"[2/5] the Asker learns from the samples of {len(train_set):,} questions")
-    asked, drafts = load_subquestions(args, train_set), drafts_of(train_set, samples)
-    # stage 1 writes sub-questions only where they are gold: generated ones do not go with the steps one by one
-    strategy = "decomp" if args.subquestions == "gold" else "cot"
-    if args.task_epochs:
-        train(run, "finetuned", train_set, task_examples(train_set, tokenizer, strategy), args.task_epochs,
-              followers=("asker", "end_to_end"), strategy=strategy)
-    wrong = np.mean([not correct for *_, correct in drafts])
-    name = "end_to_end" if args.end_to_end else "asker"
-    train(run, name, train_set, ask_examples(drafts, asked, tokenizer, args.end_to_end), args.epochs,
-          "finetuned" if args.task_epochs else None, prior_odds=wrong / (1 - wrong))
-    if not args.end_to_end:
-        figures = dev_figures(run, dev, samples)
-        art.write(run.folder / "asker/args.json", {**run.about("asker"), "dev": figures})
-        print(f"{run.folder / 'asker'}: on {figures['n']:,} drafts of dev, {figures['wrong_drafts']:.1%} wrong, AUC "
-              f"{art.show(figures['auc'], '.3f')}; {figures['right_decisions']:.1%} of the decisions at 0.5 right; "
-              f"gold sub-questions word for word {figures['gold_subquestions']:.1%}")
-    if args.push:
-        art.push(run, name)
-    art.log_start(run)
+    parser.add_argument("--task-epochs", type=art.NUMBER_FLAG, metavar="N",
+                        help="passes of stage 1; 0: no stage 1 (by preset)")
+    parser.add_argument("--subquestions", choices=("gold", "generated", "none"),
+                        help="what to learn to ask (default: what is there, in this order)")
+    args = art.parse(parser)
+    tokenizer = art.load_tokenizer(args.asker_model)
+    records = art.load_split(args, "train")
+    lines = art.load_samples(args, records)
+    print(f"[2/4] the Asker learns from the samples of {len(records):,} questions")
+    subquestions, drafts = load_subquestions(args, records), drafts_of(args, records, lines)
+
+    def train(name, records, examples, epochs, **more):
+        ids, target = examples[0]["input_ids"], examples[0]["target"]
+        art.show({"prompt": tokenizer.decode(ids[:-target]),
+                  "target": tokenizer.decode(ids[-target:])})
+        art.train_adapter(args, name, records, examples, __file__, collate, loss, epochs, **more)
+
+    start, solved = None, [record for record in records if record.get("solution")]
+    if args.task_epochs and solved:
+        # the LLM's sub-questions do not match the steps one by one, so stage 1 leaves them out
+        strategy = "decomp" if args.subquestions == "gold" else "cot"
+        examples = task_examples(solved, tokenizer, strategy)
+        train("finetuned", solved, examples, args.task_epochs, strategy=strategy)
+        start = "finetuned"
+    elif args.task_epochs:
+        print("the data has no solutions: stage 1 is skipped")
+    incorrect = np.mean([not correct for *_, correct in drafts])
+    train("asker", records, ask_examples(drafts, subquestions, tokenizer), args.epochs,
+          start=start, prior_odds=incorrect / (1 - incorrect))
+    art.add_figure(args, "asker", "dev_auc", dev_auc)
 
 
 if __name__ == "__main__":

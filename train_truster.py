@@ -1,44 +1,39 @@
-"""Fine-tune the Truster with QLoRA: a right answer to a question shall score above a wrong one (paper, section 3.4).
+"""Fine-tune the Truster with QLoRA: a correct answer should score above an incorrect one.
 
     python train_truster.py
 
-The answers are the samples of `python art.py sample`; the LLM is not loaded. Every pair of a right (chosen) and a wrong
-(rejected) answer to a question is used, and each answer is scored once. The adapter with its scalar head is written to
-runs/<task>/<run>/truster, with args.json: what made it, and its figures.
+The answers are the samples of data/sample.py, of questions with correct and incorrect ones. Every
+pair is used, and each answer is scored once (paper, section 3.4). The adapter with its scalar head
+is saved in runs/TASK/RUN/truster, with args.json: what made it.
 """
-
-import numpy as np
 
 import art
 
 
-def contrast(records, samples, tokenizer):
-    """The different answers to each question that has right and wrong ones; "input_ids" is the longest of them."""
+def contrast(records, lines, tokenizer):
+    """The distinct answers of each question that has correct and incorrect ones."""
     groups = []
     for record in records:
-        answers = art.labels_of(samples[record["id"]])
-        if 0 < sum(answers.values()) < len(answers):
-            rows = tokenizer([art.trust_prompt(record, text) for text in answers])["input_ids"]
-            groups.append({"rows": rows, "correct": list(answers.values()), "input_ids": max(rows, key=len)})
-    print(f"{len(groups):,} of {len(records):,} questions have both right and wrong samples")
-    if len(groups) < 8:
-        raise art.UserError("the Truster needs 8 of them: draw more with art.py sample --k 8, or use another --model")
+        labels = art.distinct_samples(lines, record)
+        if len({*labels.values()}) == 2:
+            rows = [art.token_ids(tokenizer, art.trust_prompt(record, text)) for text in labels]
+            groups.append({"rows": rows, "correct": list(labels.values()),
+                           "input_ids": max(rows, key=len)})
     return groups
 
 
-def make_collate(pad):
-    """Put the answers of several questions below each other; `sizes` says how many belong to each question."""
-    def collate(groups):
-        import torch
-        ids, mask = art.pad_left([row for group in groups for row in group["rows"]], pad)
-        return {"input_ids": ids, "attention_mask": mask,
-                "sizes": torch.tensor([len(group["rows"]) for group in groups]),
-                "correct": torch.tensor([label for group in groups for label in group["correct"]])}
-    return collate
+def collate(pad, groups):
+    """The inputs of the model: answers in rows; `sizes` says how many belong to a question."""
+    import torch
+    rows = [row for group in groups for row in group["rows"]]
+    labels = [label for group in groups for label in group["correct"]]
+    ids, mask = art.pad_left(rows, pad)
+    return {"input_ids": ids, "attention_mask": mask, "correct": torch.tensor(labels),
+            "sizes": torch.tensor([len(group["rows"]) for group in groups])}
 
 
 def pair_losses(scores, correct):
-    """-log sigmoid(chosen - rejected) over all pairs of one question; scores (k,), correct (k,) bool.
+    """-log sigmoid(correct - incorrect) of all pairs of a question; scores and correct are (k,).
 
     >>> import torch
     >>> pair_losses(torch.tensor([0.0, 0.0, 0.0]), torch.tensor([True, False, False]))
@@ -48,55 +43,48 @@ def pair_losses(scores, correct):
     return -logsigmoid(scores[correct][:, None] - scores[~correct][None, :]).flatten()
 
 
-def loss(model, batch):
-    """Sum over the questions of the batch of the mean over a question's pairs."""
-    scores, sizes = art.score_batch(model, batch["input_ids"], batch["attention_mask"]), batch["sizes"].tolist()
-    groups = zip(scores.split(sizes), batch["correct"].split(sizes))
-    return {"pairs": sum(pair_losses(group, correct).mean() for group, correct in groups)}
+def loss(model, inputs):
+    """{"pairs": the sum over the questions of the mean loss of a question's pairs}."""
+    scores = art.score_batch(model, inputs["input_ids"], inputs["attention_mask"])
+    sizes = inputs["sizes"].tolist()
+    total = 0.0
+    for group, correct in zip(scores.split(sizes), inputs["correct"].split(sizes)):
+        total = total + pair_losses(group, correct).mean()
+    return {"pairs": total}
 
 
-def dev_figures(run, dev, samples):
-    """Share of right/wrong pairs of dev that the Truster orders right."""
-    texts = {(record["id"], text): art.trust_prompt(record, text)
-             for record in dev for text in art.labels_of(samples[record["id"]])}
-    outputs = run.model("truster", "dev").score(list(texts.values()))
-    scores = {key: output["score"] for key, output in zip(texts, outputs)}
-    hits = []
-    for record in dev:
-        labels = art.labels_of(samples[record["id"]])
-        right, wrong = ([scores[record["id"], text] for text, correct in labels.items() if correct is kind]
-                        for kind in (True, False))
-        hits += [a > b for a in right for b in wrong]
-    return {"pairs": len(hits), "right_pairs": float(np.mean(hits)) if hits else None}
+def dev_auc(args):
+    """The share of dev's pairs in order, the mean over the questions that have both kinds."""
+    records = art.load_split(args, "dev")
+    lines = art.load_samples(args, records)
+    truster = art.open_model(args, "truster")
+    truster.label = "trust on dev"
+    texts = [(record, text, correct) for record in records
+             for text, correct in art.distinct_samples(lines, record).items()]
+    answers = [{"text": text} for _, text, _ in texts]
+    scored = art.trust(truster, args, [record for record, *_ in texts], answers)
+    questions = {}
+    for (record, _, correct), output in zip(texts, scored):
+        questions.setdefault(record["id"], []).append((output["score"], correct))
+    aucs = [art.auc(*zip(*pairs)) for pairs in questions.values()]
+    shares = [value for value in aucs if value is not None]
+    return sum(shares) / len(shares) if shares else None
 
 
 def main():
-    args = art.parse(art.make_parser(__doc__, "truster"), training="truster")
-    tokens = args.batch_size * art.PRESETS[args.preset]["k"] * args.max_length
-    art.announce_needs({args.truster_model: args.adapter_bits}, tokens=tokens)
-    run, tokenizer = art.Run(args), art.load_tokenizer(args.truster_model)
-    train_set, dev = art.load_split(args, "train"), art.load_split(args, "dev")
-    samples = art.load_samples(args, train_set + dev)
-    print(f"[3/5] the Truster learns from the samples of {len(train_set):,} questions")
-    groups = contrast(train_set, samples, tokenizer)
+    args = art.parse(art.make_parser(__doc__, "truster"))
+    tokenizer = art.load_tokenizer(args.truster_model)
+    records = art.load_split(args, "train")
+    lines = art.load_samples(args, records)
+    groups = contrast(records, lines, tokenizer)
+    print(f"[3/4] the Truster learns from {len(groups):,} of {len(records):,} questions")
+    if len(groups) < 8:
+        raise art.too_few(args, lines, "the Truster needs 8 questions")
 
-    def fine_tune(folder):
-        kept = art.drop_long(groups, args.max_length)
-        art.show_record({"a right answer" if correct else "a wrong answer": tokenizer.decode(ids)
-                         for ids, correct in zip(kept[0]["rows"], kept[0]["correct"])})
-        model = art.load_scorer(args.truster_model, args.adapter_bits, args.seed, args.compute)
-        model = art.add_lora(model, "SEQ_CLS", args.rank, seed=args.seed)
-        return art.fine_tune(model, kept, make_collate(tokenizer.pad_token_id), loss, args, folder, args.epochs)
-
-    art.train_adapter(run, "truster", args.truster_model, train_set, groups,
-                      (loss, pair_losses, make_collate, art.score_batch), fine_tune, epochs=args.epochs)
-    figures = dev_figures(run, dev, samples)  # the adapter is loaded from disk, as evaluate.py will
-    folder = run.folder / "truster"
-    art.write(folder / "args.json", {**run.about("truster"), "dev": figures})
-    print(f"{folder}: {art.show(figures['right_pairs'])} of {figures['pairs']:,} right/wrong pairs of dev in order")
-    if args.push:
-        art.push(run, "truster")
-    art.log_start(run)
+    art.show({f"{'a correct' if correct else 'an incorrect'} answer": tokenizer.decode(ids)
+              for ids, correct in zip(groups[0]["rows"], groups[0]["correct"])})
+    art.train_adapter(args, "truster", records, groups, __file__, collate, loss, args.epochs)
+    art.add_figure(args, "truster", "dev_auc", dev_auc)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Copy a finished run to docs/runs/NAME: its table, and of each question the verdicts and numbers, without the texts.
+"""Copy a finished run to docs/runs/NAME: its table, and the records without what is long.
 
     python docs/ship.py runs/toy/default toy
 """
@@ -12,37 +12,39 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import art
 
+KEPT = ("id", "kind", "question", "answer", "correct")
+ANSWER = ("text", "answer", "finished", "failed", "tokens", "logprob")
+
 
 def slim(record):
-    """A record without what is a text: that of the question, of the answers and of the sub-questions."""
-    kept = {key: record[key] for key in ("id", "kind", "right", "trust") if key in record}
-    kept["candidates"] = {name: {key: output[key] for key in ("answer", "stopped", "tokens", "logprob")}
-                          for name, output in record["candidates"].items()}
-    kept["ask"] = {name: {"p_refine": output["p_refine"], **counts(output)} for name, output in record["ask"].items()}
+    """A record with the draft, the refined answer, the decision and the scores of both answers."""
+    kept = {key: record[key] for key in KEPT if key in record}
+    stages = {"draft": ANSWER, "refined": ANSWER, "ask": ("p_refine", "subquestions"),
+              "score_draft": ("score",), "score_refined": ("score",)}
+    for stage, keys in stages.items():
+        if stage in record:  # the run may have no Asker, or no Truster
+            kept[stage] = {key: record[stage][key] for key in keys}
     return kept
 
 
-def counts(output):
-    """How many sub-questions, and how many different ones."""
-    asked = output.get("subquestions")
-    return {} if asked is None else {"subquestions": len(asked), "different": len(set(asked))}
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("name", help="its name in docs/runs")
     args = parser.parse_args()
-    folder = HERE / "runs" / args.name
-    art.write(folder / "records.jsonl", [slim(record) for record in art.read_jsonl(args.run / "records.jsonl", "")])
-    results, table = ((args.run / name).read_text("utf-8").replace(f"{art.ROOT}/", "")  # not where they were made
-                      for name in ("results.json", "table.md"))
-    results = json.loads(results)
-    for about in results["training"].values():
-        about.pop("code", None)
+    folder, fix = HERE / "runs" / args.name, "run python evaluate.py first"
+    for name in ("records.jsonl", "dev.jsonl"):
+        records = art.read_jsonl(args.run / name, fix)
+        art.write(folder / name, [slim(record) for record in records])
+    results = (args.run / "results.json").read_text("utf-8")
+    results = json.loads(results.replace(f"{art.ROOT.as_posix()}/", ""))
+    llm = Path(results["settings"]["model"])
+    if llm.is_absolute():  # where it is on this machine does not matter
+        results["settings"]["model"] = llm.name
     art.write(folder / "results.json", results)
-    art.write(folder / "table.md", table)
-    print(f"{folder}: {results['n']:,} questions")
+    art.write(folder / "table.md", (args.run / "table.md").read_text("utf-8"))
+    print(f"{folder}: {results['n']:,} test questions")
 
 
 if __name__ == "__main__":

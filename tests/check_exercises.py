@@ -1,11 +1,13 @@
-"""Which exercises are done? The values that are expected stand in docs/exercises.md.
+"""Which exercises are done? The expected values are what tests/solutions.py gives.
 
     python tests/check_exercises.py
+    python tests/check_exercises.py --docs      # write the expected values into docs/exercises.md
 """
 
 import json
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,11 @@ RUNS = art.ROOT / "docs/runs"
 
 def columns(run):
     """The columns that the exercises need, by the names of their parameters."""
-    return {"p_refine": run["ask.asker.p_refine"], "threshold": 0.5,
-            "right_draft": run["right.initial"], "wrong_draft": ~run["right.initial"],
-            "right_refined": run["right.refine_always"], "right_art": run["right.art"],
-            "score_draft": run["trust.truster.draft"], "score_refined": run["trust.truster.refined"],
-            "answers_draft": run["candidates.draft.answer"], "answers_refined": run["candidates.refined.answer"]}
+    return {"p_refine": run["ask.p_refine"], "threshold": 0.5,
+            "correct_draft": run["correct.draft"], "incorrect_draft": ~run["correct.draft"],
+            "correct_refined": run["correct.refine_always"], "correct_art": run["correct.art"],
+            "score_draft": run["score_draft.score"], "score_refined": run["score_refined.score"],
+            "answers_draft": run["draft.answer"], "answers_refined": run["refined.answer"]}
 
 
 def values(theirs, toy, real):
@@ -33,18 +35,18 @@ def values(theirs, toy, real):
         return getattr(theirs, name)(*(run[key] for key in names))
 
     scores, correct = torch.tensor([0.5, -0.2, 1.0, 0.1]), torch.tensor([True, False, False, True])
-    asker = ("p_refine", "threshold", "right_draft", "right_refined")
+    asker = ("p_refine", "threshold", "correct_draft", "correct_refined")
     return {
-        "mended_broken": lambda: call("mended_broken", toy, "right_draft", "right_refined"),
+        "fixed_broken": lambda: call("fixed_broken", toy, "correct_draft", "correct_refined"),
         "row_asker": lambda: call("row_asker", toy, *asker),
         "row_art": lambda: call("row_art", real, *asker[:2], "score_draft", "score_refined", *asker[2:]),
-        "gap_closed": lambda: call("gap_closed", toy, "right_draft", "right_refined", "right_art"),
-        "area": lambda: call("area", real, "p_refine", "wrong_draft"),
-        "calibration_error": lambda: call("calibration_error", toy, "p_refine", "wrong_draft"),
+        "gap_closed": lambda: call("gap_closed", toy, "correct_draft", "correct_refined", "correct_art"),
+        "area": lambda: call("area", real, "p_refine", "incorrect_draft"),
+        "calibration_error": lambda: call("calibration_error", toy, "p_refine", "incorrect_draft"),
         "sign_test": lambda: theirs.sign_test(2, 10),
         "least_net_gain": lambda: [theirs.least_net_gain(n) for n in (5, 20, 100)],
-        "refining_pays": lambda: call("refining_pays", real, "right_draft", "right_refined"),
-        "optimism": lambda: call("optimism", real, "p_refine", "right_draft", "right_refined"),
+        "refining_pays": lambda: call("refining_pays", real, "correct_draft", "correct_refined"),
+        "optimism": lambda: call("optimism", real, "p_refine", "correct_draft", "correct_refined"),
         "same_answers": lambda: call("same_answers", real, "answers_draft", "answers_refined"),
         "majority": lambda: [theirs.majority(votes) for votes in (["3", "4", "4"], ["4", "3"], [None, None, "5"])],
         "hinge": lambda: float(theirs.hinge(scores, correct)),
@@ -55,38 +57,58 @@ def values(theirs, toy, real):
 
 
 def expected():
-    """{exercise: (value, tolerance)} as docs/exercises.md says."""
+    """{exercise: value}: what the solutions give on the shipped runs."""
+    import solutions
+    runs = [columns(art.load_columns(RUNS / name)) for name in ("toy", "gsm8k-offline")]
+    return {name: value() for name, value in values(solutions, *runs).items()}
+
+
+def in_docs(wanted):
+    """(docs/exercises.md, the same with the expected values put in)."""
     text = (art.ROOT / "docs/exercises.md").read_text("utf-8")
-    found = re.findall(r"^\d+\. `(\w+)`.*?Expected: `([^`]+)`(?:, within ([\d.]*\d))?", text, re.MULTILINE)
-    return {name: (json.loads(value), float(tolerance or 0)) for name, value, tolerance in found}
+
+    def put(found):
+        value = json.loads(json.dumps(wanted[found[2]], default=float), parse_float=rounded)
+        return f"{found[1]}`{json.dumps(value)}`"
+
+    return text, re.sub(r"(?m)(^\d+\. `(\w+)`.*Expected: )`[^`]+`", put, text)
 
 
-def agrees(value, wanted, tolerance):
-    """Equal; numbers within the tolerance."""
-    if isinstance(wanted, list):
-        return len(value) == len(wanted) and all(agrees(a, b, tolerance) for a, b in zip(value, wanted))
-    if isinstance(wanted, (int, float)) and not isinstance(wanted, bool):
-        return value is not None and abs(value - wanted) <= tolerance
-    return value == wanted
+def rounded(number):
+    return round(float(number), 5)
+
+
+def agrees(value, wanted):
+    """Equal; numbers up to 0.0005."""
+    if isinstance(wanted, (list, tuple)):
+        return (isinstance(value, (list, tuple)) and len(value) == len(wanted)
+                and all(agrees(*pair) for pair in zip(value, wanted)))
+    if isinstance(wanted, float):
+        return isinstance(value, (int, float)) and abs(value - wanted) <= 0.0005
+    return type(value) is type(wanted) and value == wanted
 
 
 def check(theirs):
     """{exercise: "done", "not yet" or what is wrong}."""
-    toy, real = (columns(art.load_run(RUNS / name)) for name in ("toy", "gsm8k-offline"))
+    runs = [columns(art.load_columns(RUNS / name)) for name in ("toy", "gsm8k-offline")]
     wanted, verdicts = expected(), {}
-    for name, value_of in values(theirs, toy, real).items():
+    for name, value_of in values(theirs, *runs).items():
         try:
             value = value_of()
-            right = agrees(value, *wanted[name])
-            verdicts[name] = "done" if right else f"gives {value!r}, expected {wanted[name][0]!r}"
+            verdicts[name] = ("done" if agrees(value, wanted[name])
+                              else f"gives {value!r}, expected {wanted[name]!r}")
         except NotImplementedError:
             verdicts[name] = "not yet"
-        except Exception as error:  # whatever a student's function raises is told, the other exercises go on
-            verdicts[name] = f"{type(error).__name__}: {error}"
+        except Exception as error:  # the other exercises go on
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            verdicts[name] = (f"{type(error).__name__}: {error} "
+                              f"({Path(where.filename).name}, line {where.lineno})")
     return verdicts
 
 
 def main():
+    if "--docs" in sys.argv:
+        return art.write(art.ROOT / "docs/exercises.md", in_docs(expected())[1])
     import exercises
     verdicts = check(exercises)
     for number, (name, verdict) in enumerate(verdicts.items(), 1):

@@ -1,7 +1,6 @@
-"""Fixtures: a finished toy run in tiny sizes, made by the kit's own scripts, and a fake model."""
+"""Fixtures: a finished run on the toy in tiny sizes, made by the scripts, and a fake model."""
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -14,133 +13,125 @@ import pytest
 from hypothesis import settings
 
 import art
-import evaluate
-import train_asker
-import train_truster
 
-# test_properties.py: a few inputs, always the same; 10,000 new ones with --hypothesis-profile=thorough
-settings.register_profile("suite", max_examples=100, derandomize=True, database=None, deadline=None)
+settings.register_profile("suite", derandomize=True, database=None, deadline=None)
 settings.register_profile("thorough", max_examples=10_000, database=None, deadline=None)
 settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "data/toy/base")
-MAINS = {"sample": art.main, "subquestions": art.main, "solve": art.main, "train_asker": train_asker.main,
-         "train_truster": train_truster.main, "evaluate": evaluate.main}
-TINY = {"train_asker": ["--save-steps", "2"], "train_truster": ["--save-steps", "1"]}
-PIPELINE = ("sample", "train_asker", "train_truster", "evaluate")
+sys.path.append(str(ROOT / "data"))  # sample.py
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # tiny models: threads only wait
+PATHS = {"sample": "data/sample.py", "train_asker": "train_asker.py", "evaluate": "evaluate.py",
+         "train_truster": "train_truster.py", "solve": "art.py"}
 
 
 def load(path):
-    """A fresh copy of a script as a module: both data/prepare.py and data/toy/prepare.py are named prepare."""
+    """A fresh copy of a script as a module. (Two scripts are named prepare.py.)"""
     spec = importlib.util.spec_from_file_location("loaded", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["loaded"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 class Kit:
-    """The scripts under `root`, on tiny toy data, with all runs in a folder of their own."""
+    """The scripts under `root`, with the data and all runs in a folder of their own."""
 
     def __init__(self, folder, root=ROOT):
-        self.folder, self.root, self.data, self.runs = folder, root, folder / "data", folder / "runs"
+        self.folder, self.root = folder, root
+        self.data, self.runs = folder / "data", folder / "runs"
 
     def command(self, script, *flags):
         """[path of the script, flag, ...]"""
-        name = ["art.py", script] if MAINS[script] is art.main else [f"{script}.py"]
-        where = ["--data", self.data, "--runs", self.runs, *TINY.get(script, [])]
-        return [str(word) for word in (self.root / name[0], *name[1:], *where, *flags)]
+        words = self.root / PATHS[script], "--data", self.data, "--runs", self.runs, *flags
+        return [str(word) for word in words]
 
     def start(self, script, *flags):
-        """The script as a process of its own."""
-        return subprocess.Popen([sys.executable, *self.command(script, *flags)], stdout=subprocess.PIPE, text=True,
-                                stderr=subprocess.PIPE, cwd=self.root, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        """The script in a new process."""
+        return subprocess.Popen([sys.executable, *self.command(script, *flags)], text=True,
+                                cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def __call__(self, script, *flags, code=0):
-        """The same, waited for; (stdout, stderr) of a process that has to end with this exit code."""
-        process = self.start(script, *flags)
-        out, err = process.communicate()
+        """(stdout, stderr) of the script in a new process, which must end with this exit code."""
+        out, err = (process := self.start(script, *flags)).communicate()
         assert process.returncode == code, err[-3000:]
         return out, err
 
     def here(self, monkeypatch, script, *flags):
-        """The script in this process, which has imported what takes most of the time."""
+        """Run the script in this process, which has loaded the slow libraries."""
         monkeypatch.setattr(sys, "argv", self.command(script, *flags))
-        art.run(MAINS[script])
+        art.run(importlib.import_module(Path(PATHS[script]).stem).main)
 
     def copy(self, folder, root=None):
-        """A copy of the data and of the finished runs that a test may break."""
+        """A copy of the data and of the finished runs, which a test may change."""
         shutil.copytree(self.folder, folder)
         return Kit(folder, root or self.root)
 
     def results(self, run="default"):
-        """{row: what results.json says of it}."""
-        return {row["row"]: row for row in json.loads((self.runs / "toy" / run / "results.json").read_text())["rows"]}
-
-    def log(self):
-        """The last line of log.jsonl."""
-        return art.read_jsonl(self.runs / "toy/log.jsonl", "")[-1]
+        """{row: its figures in results.json}."""
+        rows = art.read_json(self.runs / "toy" / run / "results.json")["rows"]
+        return {row["row"]: row for row in rows}
 
 
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory):
-    """All five commands, run in their order; no test may change what they wrote."""
+    """The whole pipeline, run once. No test may change what it wrote."""
     kit = Kit(tmp_path_factory.mktemp("kit"))
     with pytest.MonkeyPatch.context() as patch:
         sizes = ["--train", "40", "--dev", "12", "--test", "12", "--out", str(kit.data / "toy")]
         patch.setattr(sys, "argv", ["prepare.py", *sizes])
         load("data/toy/prepare.py").main()
-        for script in PIPELINE:
+        for script in ("sample", "train_asker", "train_truster", "evaluate"):
             kit.here(patch, script)
     return kit
 
 
 @pytest.fixture
 def copy(kit, tmp_path):
-    """A copy of the finished run that a test may break."""
     return kit.copy(tmp_path / "kit")
+
+
+def args_of(folder, **changes):
+    """All flags of the scripts: those of the toy, in 32 bits, with all runs in `folder`."""
+    runs, bases = Path(folder), dict.fromkeys(("model", "asker_model", "truster_model"), BASE)
+    return Namespace(**{
+        **art.DEFAULTS, **art.PRESETS["toy"], **bases, "task": "toy", "preset": "toy", "runs": runs,
+        "shared": runs / "toy", "folder": runs / "toy/default", "run": "default", "seed": 0,
+        "data": ROOT / "data", "limit": None, "limit_train": None, "bits": 32, "adapter_bits": 32,
+        "show_draft": "yes", "max_new_tokens": 48, "draft_temperature": 0.0, "concurrency": 8,
+        "rank": 16, "save_steps": 25, "report_to": None, "overwrite": False, **changes})
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """A function that gives an art.Run on the toy's base in 32 bits, its runs in a temporary folder."""
-    def make(folder=tmp_path / "runs", **changes):
-        args = Namespace(**{
-            "task": "toy", "runs": Path(folder), "run": "default", "data": ROOT / "data", "model": BASE, "bits": 32,
-            "base_url": None, "chat": "auto", "shots": 0, "strategy": "cot", "facts": "refine", "show_draft": "yes",
-            "max_new_tokens": 48, "temperature": 0.7, "draft_temperature": 0.0, "sample_seed": 0, "kv_gib": 0.25,
-            "seed": 0, "fresh": False, "concurrency": 8, "compute": "auto", **changes})
-        return art.Run(args)
-    return make
+    """A function that opens the LLM: the toy's base, with its cache in a temporary folder."""
+    return lambda folder=tmp_path, **changes: art.open_model(args_of(folder, **changes), "llm")
 
 
 class FakeLM:
-    """A model that answers each step by the last line of the prompt, and keeps every prompt that it was shown."""
+    """A model that answers by the last line of the prompt, and keeps every prompt in `seen`."""
 
-    strategy, prior_odds, chat, exemplars = None, 1.0, False, ()
+    strategy, prior_odds, chat, label = None, 1.0, False, ""
     texts = {"Answer:": "7 + 9 = 16\n#### 16", "Answer by sub-questions:": "How? 16\n#### 16",
-             "Revised answer:": "7 + 5 = 12\n#### 12", "Sub-questions:": "1. How many has Ben?\n- How many together?\n"}
+             "Revised answer:": "7 + 5 = 12\n#### 12",
+             "Sub-questions:": "1. How many has Ben?\n- How many together?\n"}
 
     def __init__(self, **changes):
-        self.seen, self.p = [], 0.5
-        vars(self).update(changes)
+        vars(self).update({"seen": [], "p": 0.5, **changes})
 
-    def render(self, prompts, shots=(), instruction=""):
-        return [art.plain_text(prompt, shots) for prompt in prompts]
-
-    def generate(self, prompts, max_new_tokens, stop=None, k=1, temperature=0.0):
+    def generate(self, prompts, max_new_tokens, stop=None, numbers=(0,), temperature=0.0):
         self.seen += prompts
-        return [[{"text": self.texts.get(prompt.splitlines()[-1], ""), "stopped": True, "tokens": 3,
-                  "prompt_tokens": len(prompt), "logprob": -1.0}] * k for prompt in prompts]
+        usage = {"finished": True, "tokens": 3, "logprob": -1.0, "failed": ""}
+        return [[{**usage, "text": self.texts.get(prompt.splitlines()[-1], ""),
+                  "prompt_tokens": len(prompt)} for _ in numbers] for prompt in prompts]
 
-    def choose(self, prompts, before, options, begun=None):
-        self.seen += [prompt + text for prompt, text in zip(prompts, begun or [""] * len(prompts))]
-        assert all(prompt.endswith(before) for prompt in self.seen[-len(prompts):])
-        return [{"p": self.p, "prompt_tokens": 7} for _ in prompts]
+    def choose(self, prompts, begun, options):
+        self.seen += [prompt + text for prompt, text in zip(prompts, begun)]
+        return [{"p": self.p, "prompt_tokens": 7, "failed": ""} for _ in prompts]
 
     def score(self, texts):
         self.seen += texts
-        return [{"score": float(len(text)), "prompt_tokens": 5} for text in texts]
+        return [{"score": float(len(text)), "prompt_tokens": 5, "failed": ""} for text in texts]
 
 
 def refused(monkeypatch, capsys, kit, script, *flags):
@@ -148,19 +139,19 @@ def refused(monkeypatch, capsys, kit, script, *flags):
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         kit.here(monkeypatch, script, *flags)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and not line.startswith("warning")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
 
 def edit(path, old, new):
-    """Replace a piece of code or text that has to be there."""
+    """Replace a text in a file, where it must be."""
     text = path.read_text("utf-8")
-    assert text.count(old) >= 1, f"{old!r} is not in {path}"
+    assert old in text, f"{old!r} is not in {path}"
     path.write_text(text.replace(old, new), "utf-8")
 
 
 def asked_of(out):
-    """{label: answers asked} from the lines `draft: 12 of 24 known, asking 12 ...`."""
-    return {name: int(n.replace(",", "")) for name, n in re.findall(r"^(.+): [\d,]+ of .* known, asking ([\d,]+)",
-                                                                     out, re.MULTILINE)}
+    """{label: generated outputs} from lines such as `LABEL: 12 of 24 cached, generating 12`."""
+    found = re.findall(r"(?m)^(.+): [\d,]+ of [\d,]+ cached, generating (\d+)", out)
+    return {label: int(number) for label, number in found}

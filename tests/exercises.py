@@ -2,37 +2,37 @@
 
     python tests/check_exercises.py     # which of them are done?
 
-Arrays are numpy arrays with one entry a question; "right" arrays hold True and False.
+Arrays are numpy arrays with one entry a question; "correct" arrays hold True and False.
 """
 
 
-def mended_broken(right_before, right_after):
-    """1. (wrong answers made right, right answers made wrong), two counts."""
+def fixed_broken(correct_before, correct_after):
+    """1. (incorrect drafts fixed, correct drafts broken), two counts."""
     raise NotImplementedError
 
 
-def row_asker(p_refine, threshold, right_draft, right_refined):
-    """2. Accuracy of row `asker`: refine where p_refine is at least the threshold, the refinement stands."""
+def row_asker(p_refine, threshold, correct_draft, correct_refined):
+    """2. Accuracy of row `asker`: refine where p_refine is at least the threshold, the refined answer is taken."""
     raise NotImplementedError
 
 
-def row_art(p_refine, threshold, score_draft, score_refined, right_draft, right_refined):
-    """3. Accuracy of row `art`: as above, but the answer with the higher score stands; the draft, if they are equal."""
+def row_art(p_refine, threshold, score_draft, score_refined, correct_draft, correct_refined):
+    """3. Accuracy of row `art`: as above, but take the answer with the higher score; the draft if they are equal."""
     raise NotImplementedError
 
 
-def gap_closed(right_draft, right_refined, right_art):
-    """4. Which share of the way from the draft to a perfect choice between draft and refinement does ART go?"""
+def gap_closed(correct_draft, correct_refined, correct_art):
+    """4. Which share of the way from the draft to a perfect choice between draft and refined answer does ART go?"""
     raise NotImplementedError
 
 
-def area(p_refine, wrong_draft):
-    """5. AUC: the chance that a wrong draft has a higher p_refine than a right one, ties half."""
+def area(p_refine, incorrect_draft):
+    """5. AUC: the probability that an incorrect draft has a higher p_refine than a correct one, ties half."""
     raise NotImplementedError
 
 
-def calibration_error(p_refine, wrong_draft):
-    """6. Expected calibration error in ten bins of equal width: the mean over questions of |mean p - share wrong|."""
+def calibration_error(p_refine, incorrect_draft):
+    """6. Expected calibration error, ten bins of equal width: the mean of |mean p - share incorrect|."""
     raise NotImplementedError
 
 
@@ -46,12 +46,12 @@ def least_net_gain(differing):
     raise NotImplementedError
 
 
-def refining_pays(right_draft, right_refined):
-    """9. True if mending rate / breaking rate exceeds right drafts / wrong drafts (arXiv 2604.22273)."""
+def refining_pays(correct_draft, correct_refined):
+    """9. True if fixing rate / breaking rate exceeds correct drafts / incorrect drafts (arXiv 2604.22273)."""
     raise NotImplementedError
 
 
-def optimism(p_refine, right_draft, right_refined):
+def optimism(p_refine, correct_draft, correct_refined):
     """10. Choose the best threshold on the first half of the questions: row `asker` there minus on the others.
 
     The threshold is one of the values of p_refine there (the smallest among equally good ones), or infinity.
@@ -60,7 +60,7 @@ def optimism(p_refine, right_draft, right_refined):
 
 
 def same_answers(answers_draft, answers_refined):
-    """11. Share of the refinements with the same answer as the draft; None (nothing could be read) equals nothing."""
+    """11. Share of the refined answers equal to the draft's answer; None (unread) equals nothing."""
     raise NotImplementedError
 
 
@@ -74,8 +74,8 @@ def hinge(scores, correct, margin=1.0):
     raise NotImplementedError
 
 
-def prior_back(p, share_wrong):
-    """14. The Asker learned on as many right as wrong drafts. p_refine, when in truth `share_wrong` are wrong."""
+def prior_back(p, share_incorrect):
+    """14. The Asker saw as many correct as incorrect drafts. p_refine if `share_incorrect` are incorrect."""
     raise NotImplementedError
 
 

@@ -8,32 +8,32 @@ import numpy as np
 import art
 
 
-def mended_broken(right_before, right_after):
-    return int((~right_before & right_after).sum()), int((right_before & ~right_after).sum())
+def fixed_broken(correct_before, correct_after):
+    return int((~correct_before & correct_after).sum()), int((correct_before & ~correct_after).sum())
 
 
-def row_asker(p_refine, threshold, right_draft, right_refined):
-    return np.where(p_refine >= threshold, right_refined, right_draft).mean()
+def row_asker(p_refine, threshold, correct_draft, correct_refined):
+    return np.where(p_refine >= threshold, correct_refined, correct_draft).mean()
 
 
-def row_art(p_refine, threshold, score_draft, score_refined, right_draft, right_refined):
+def row_art(p_refine, threshold, score_draft, score_refined, correct_draft, correct_refined):
     takes = (p_refine >= threshold) & (score_refined > score_draft)
-    return np.where(takes, right_refined, right_draft).mean()
+    return np.where(takes, correct_refined, correct_draft).mean()
 
 
-def gap_closed(right_draft, right_refined, right_art):
-    best = (right_draft | right_refined).mean()
-    return (right_art.mean() - right_draft.mean()) / (best - right_draft.mean())
+def gap_closed(correct_draft, correct_refined, correct_art):
+    best = (correct_draft | correct_refined).mean()
+    return (correct_art.mean() - correct_draft.mean()) / (best - correct_draft.mean())
 
 
-def area(p_refine, wrong_draft):
-    wrong, right = p_refine[wrong_draft], p_refine[~wrong_draft]
+def area(p_refine, incorrect_draft):
+    wrong, right = p_refine[incorrect_draft], p_refine[~incorrect_draft]
     return np.mean([(w > r) + 0.5 * (w == r) for w in wrong for r in right])
 
 
-def calibration_error(p_refine, wrong_draft):
+def calibration_error(p_refine, incorrect_draft):
     bins = np.minimum((p_refine * 10).astype(int), 9)
-    gaps = [(bins == b).mean() * abs(p_refine[bins == b].mean() - wrong_draft[bins == b].mean()) for b in set(bins)]
+    gaps = [(bins == b).mean() * abs(p_refine[bins == b].mean() - incorrect_draft[bins == b].mean()) for b in set(bins)]
     return sum(gaps)
 
 
@@ -49,14 +49,14 @@ def least_net_gain(differing):
     return min(gains, default=None)
 
 
-def refining_pays(right_draft, right_refined):
-    mending, breaking = right_refined[~right_draft].mean(), (~right_refined)[right_draft].mean()
-    return bool(mending / breaking > right_draft.mean() / (~right_draft).mean())
+def refining_pays(correct_draft, correct_refined):
+    fixing, breaking = correct_refined[~correct_draft].mean(), (~correct_refined)[correct_draft].mean()
+    return bool(fixing / breaking > correct_draft.mean() / (~correct_draft).mean())
 
 
-def optimism(p_refine, right_draft, right_refined):
+def optimism(p_refine, correct_draft, correct_refined):
     half = len(p_refine) // 2
-    first, second = ([column[part] for column in (p_refine, right_draft, right_refined)]
+    first, second = ([column[part] for column in (p_refine, correct_draft, correct_refined)]
                      for part in (slice(half), slice(half, None)))
     thresholds = [*np.unique(first[0]), math.inf]
     best = max(thresholds, key=lambda threshold: row_asker(first[0], threshold, *first[1:]))
@@ -77,8 +77,8 @@ def hinge(scores, correct, margin=1.0):
     return (margin - gaps).clamp(min=0).mean()
 
 
-def prior_back(p, share_wrong):
-    return p * share_wrong / (p * share_wrong + (1 - p) * (1 - share_wrong))
+def prior_back(p, share_incorrect):
+    return p * share_incorrect / (p * share_incorrect + (1 - p) * (1 - share_incorrect))
 
 
 def lora_weights(shapes, rank):

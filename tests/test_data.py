@@ -1,134 +1,190 @@
-"""data/prepare.py on tiny raw files, and on the real ones where they lie beside the repository; the toy's promises."""
+"""data/prepare.py on tiny raw files and on tables, and the functions that read records."""
 
 import hashlib
 import json
-import random
 import sys
+from argparse import Namespace
 
 import pytest
-from conftest import ROOT, load
+from conftest import BASE, Kit, load, refused
 
 import art
 
-REAL = ROOT.parent / "shared/data"
+OFFICIAL, CSV = "strategyqa --official raw", "csv raw --task own"
 
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
-    """A function that runs data/prepare.py on raw files, {name: content}, whose checksums it takes for right ones."""
+    """data/prepare.py, which works in a temporary folder and accepts our raw files."""
     script = load("data/prepare.py")
-    monkeypatch.setattr(script, "DEV", {"gsm8k": 2, "gsm8k-offline": 2, "strategyqa": 2})
-    monkeypatch.setattr(script, "OFFLINE", 10)
+    monkeypatch.setattr(script, "DEV", {"gsm8k": 2, "strategyqa": 2})
+    monkeypatch.setattr(art, "TASKS", dict(art.TASKS))
+    monkeypatch.chdir(tmp_path)
+    kit = Kit(tmp_path)
 
-    def make(task, files, *flags, sums=True):
-        for name, content in files.items():
-            art.write(tmp_path / "files" / name, content)
-            if sums:
-                monkeypatch.setitem(script.SHA256, name, hashlib.sha256(content.encode()).hexdigest())
-        monkeypatch.setattr(sys, "argv", ["prepare.py", task, "--out", str(tmp_path / "out"), *map(str, flags)])
+    def here(monkeypatch, *words):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *words, "--out", str(kit.data)])
         art.run(script.main)
-        return [art.load_task(task, split, data=tmp_path / "out") for split in ("train", "dev", "test")]
 
-    make.script, make.files = script, tmp_path / "files"
-    return make
+    def make(files, command):
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content.encode())
+            monkeypatch.setitem(script.SHA256, name, hashlib.sha256(content.encode()).hexdigest())
+        here(monkeypatch, *(words := command.split()))
+        return splits(kit.data, words[-1] if words[0] == "csv" else words[0])
 
-
-def socratic(*questions):
-    return "".join(json.dumps({"question": question, "answer": f"How many? ** 1 + {i} = <<1+{i}={1 + i}>>{1 + i} pens\n"
-                                                               f"#### 1,00{i}"}) + "\n"
-                   for i, question in enumerate(questions))
-
-
-GSM8K = {"train_socratic.jsonl": socratic("A?", "B?", "C?", "D?", "Is  it\u2028 E?", "F?"),
-         "test_socratic.jsonl": socratic("G?", "is it e", "H?")}
+    kit.here, kit.make = here, make
+    return kit
 
 
-def test_gsm8k(prepare):
-    """Train, dev out of train, test; what stands in test too is dropped from train, whatever its punctuation."""
-    train, dev, test = prepare("gsm8k", GSM8K, "--files", prepare.files)
-    assert (len(train), len(dev), len(test)) == (3, 2, 3)
-    assert {record["question"] for record in train + dev} == {"A?", "B?", "C?", "D?", "F?"}
-    assert test[1] == {"id": "gsm8k-test-1", "question": "is it e", "answer": "1001",
-                       "solution": [["How many?", "1 + 1 = 2 pens"]]}
-    # a task out of the test questions alone: the first N to learn from
-    files = {"test_socratic.jsonl": socratic(*(f"Question {i}?" for i in range(14)))}
-    splits = prepare("gsm8k-offline", files, "--files", prepare.files)
-    assert [len(records) for records in splits] == [8, 2, 4] and splits[2][0]["question"] == "Question 10?"
+def splits(data, task="toy", limit=None, limit_train=None):
+    args = Namespace(data=data, task=task, limit=limit, limit_train=limit_train)
+    art.find_tasks(data)
+    return [art.load_split(args, split) for split in ("train", "dev", "test")]
 
 
-@pytest.mark.parametrize(("text", "answer", "solution"), [
-    ("Cost? ** It costs 3*4=$<<3*4=12>>12.\n#### 12", "12", [["Cost?", "It costs 3*4=$12."]]),
-    ("Left? ** 3 - 8 = <<3-8=-5>>-5\n#### -5", "-5", [["Left?", "3 - 8 = -5"]]),
-    ("A? ** 1\nso it is\nB? ** 2\n#### 2", "2", [["A?", "1 so it is"], ["B?", "2"]]),  # a line that nobody asked for
-    ("A? ** \nA? ** 1 \n\n#### 1", "1", [["A?", "1"]]),  # a sub-question without a step, a blank line
-    ("A\xa0b? ** one\u2028line\n#### 1", "1", [["A b?", "one line"]]),
-])
-def test_socratic_line(prepare, text, answer, solution):
-    made = prepare.script.gsm8k({"question": "How \u2028 much?", "answer": text}, "x")
-    assert made == {"id": "x", "question": "How much?", "answer": answer, "solution": solution}
+def grade_school(*questions, asked="How many? ** "):
+    answer = f"{asked}\n{asked}1 + 1 = <<1+1=2>>2\npens\u2028in all\n\n#### 1,002"
+    return "".join(json.dumps({"question": one, "answer": answer}) + "\n" for one in questions)
 
 
-def items(*qids):
-    return [{"qid": qid, "question": f"Is {qid * 3}?", "answer": i % 2 == 0, "facts": ["A fact."],
-             "decomposition": ["What is it?", "Is #1 that?"]} for i, qid in enumerate(qids)]
+def test_gsm8k(prepare, capsys):
+    """Train, dev and test. Train drops what is also in test, whatever its punctuation."""
+    files = {"train_socratic.jsonl": grade_school("A?", "B?", "C?", "D?", "Is  it\u2028 E?", "F?"),
+             "test_socratic.jsonl": grade_school("G?", "is it e", "H?")}
+    train, dev, test = prepare.make(files, "gsm8k --files .")
+    assert {record["question"][0] for record in train + dev} == {*"ABCDF"} and len(dev) == 2
+    assert test[1] == {"id": "gsm8k-test-1", "question": "is it e", "answer": "1002",
+                       "solution": [["How many?", "1 + 1 = 2 pens in all"]]}
+    (prepare.folder / "train_socratic.jsonl").unlink()
+    assert "--subquestions" not in capsys.readouterr().out
+    [record], *_ = prepare.make({"train.jsonl": grade_school(*"ABC", asked="")}, "gsm8k --files .")
+    assert record["solution"] == [["", "1 + 1 = 2"], ["", "pens in all"]] and len(test) == 3
+    assert "data/sample.py --task gsm8k --subquestions" in capsys.readouterr().out
+
+
+def items(qids, **changes):
+    return json.dumps([{"facts": [], "decomposition": ["What is it?", "Is #1 that?"], "qid": qid,
+                        "question": f"Is {qid * 3}?", "answer": i % 2 == 0, **changes}
+                       for i, qid in enumerate(qids)])
 
 
 def test_strategyqa(prepare):
-    """The first fifth in the order of the qid is test, or of the official file."""
-    files = {"train.json": json.dumps(items(*"ifbhdajge")), "dev.json": json.dumps(items("c"))}
-    train, dev, test = prepare("strategyqa", files, "--files", prepare.files)
-    assert [len(train), len(dev)] == [6, 2] and [record["id"][-1] for record in test] == ["a", "b"]
-    assert test[0]["solution"] == [["What is it?", ""], ["Is the answer to sub-question 1 that?", ""]]
-    official = {"official.json": json.dumps(items(*"ifbhdajgec"))}
-    _, _, test = prepare("strategyqa", official, "--official", prepare.files / "official.json")
+    """Test is the first fifth: in the order of the qid, or of the official file."""
+    files = {"train.json": items("ifbhdajge"), "dev.json": items("c")}
+    train, dev, test = prepare.make(files, "strategyqa --files .")
+    assert len(train) == 6 and len(dev) == 2 and [record["id"][-1] for record in test] == ["a", "b"]
+    assert test[0]["solution"][1:] == [["Is the answer to sub-question 1 that?", ""]]
+    *_, test = prepare.make({"raw": items("ifbhdajgec")}, OFFICIAL)
     assert [(record["id"][-1], record["answer"]) for record in test] == [("i", "yes"), ("f", "no")]
 
 
-def refusal(capsys, prepare, *how, **more):
-    with pytest.raises(SystemExit) as end:
-        prepare(*how, **more)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+NUMBERS = [*map(str, range(19)), "1 1/2"]
 
 
-def test_raw_files_that_are_not_the_right_ones(prepare, capsys, tmp_path):
-    """One line each: another checksum, none there, and an official file that is missing or holds no answers."""
-    assert "train_socratic.jsonl: wrong checksum" in refusal(capsys, prepare, "gsm8k", GSM8K, "--files", prepare.files,
-                                                             sums=False)
-    assert "no train.json" in refusal(capsys, prepare, "strategyqa", {}, "--files", tmp_path)
-    assert "nowhere.json" in refusal(capsys, prepare, "strategyqa", {}, "--official", tmp_path / "nowhere.json")
-    hidden = {"hidden.json": '[{"qid": "1", "question": "Is it?"}]'}  # as in the official test file
-    assert "hidden.json" in refusal(capsys, prepare, "strategyqa", hidden, "--official", prepare.files / "hidden.json")
+def table(answers, separator=",", end="\n", head="question,answer"):
+    lines = [head, *(f"How\x0b many are\u2028{i}?,{one}" for i, one in enumerate(answers))]
+    return end.join([*lines, ""]).replace(",", separator)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the raw files are not here")
-@pytest.mark.parametrize(("task", "counts", "flags"), [
-    ("gsm8k-offline", [400, 100, 819], ["--files", REAL / "gsm8k"]),
-    ("strategyqa", [1632, 200, 458], ["--files", REAL / "strategyqa"])])
-def test_real_files(monkeypatch, tmp_path, task, counts, flags):
-    monkeypatch.setattr(sys, "argv", ["prepare.py", task, "--out", str(tmp_path), *map(str, flags)])
-    load("data/prepare.py").main()
-    splits = [art.load_task(task, split, data=tmp_path) for split in ("train", "dev", "test")]
-    assert [len(records) for records in splits] == counts
-    train, dev, test = ({art.question_hash(record) for record in records} for records in splits)
-    assert not test & (train | dev)
-    solved = [art.is_correct(task, art.solution_text(r["solution"], r["answer"]), r["answer"]) for r in splits[2]]
-    assert all(solved)
+@pytest.mark.parametrize(("content", "kind", "answers"), [
+    (table(NUMBERS), "number", NUMBERS), (table(NUMBERS, ";"), "number", NUMBERS),
+    (table(NUMBERS, "\t", "\r\n"), "number", NUMBERS), (table("ABCD" * 5), "choice", "ABCD"),
+    ("\ufeff" + table(["yes", "no"] * 10), "yes/no", ["yes", "no"]),
+    (table(["Yes", "NO"] * 10), "yes/no", ["yes", "no"]),  # as people write them
+    (table(['A,"One,\n\n then "'] * 20, head="question,answer,solution"), "choice", "A")])
+def test_csv(prepare, content, kind, answers):
+    """60/20/20, and task.json says how answers are read. The separator is , ; or a tab."""
+    parts = prepare.make({"raw": content}, CSV)
+    assert [len(records) for records in parts] == [12, 4, 4] and art.answer_kind("own") == kind
+    records = sum(parts, [])
+    assert {record["answer"] for record in records} == {*answers}
+    steps = [["", "One,"], ["", "then"]] if "One" in content else []
+    assert all(record["solution"] == steps and "\u2028" in record["question"] for record in records)
 
 
-def test_toy_splits_are_disjoint_and_right(monkeypatch):
-    """No question twice, none in the half that the base model saw, and every step adds up."""
-    prepare, taken = load("data/toy/prepare.py"), set()
-    monkeypatch.setitem(sys.modules, "prepare", prepare)  # which pretrain.py imports by this name
-    pretrain = load("data/toy/pretrain.py")
-    splits = [prepare.make_split(name, 200, 5, taken) for name in ("train", "dev", "train")]  # the last draws the same
-    questions = {record["question"] for split in splits for record in split}
-    for record in splits[0]:
-        for _, step in record["solution"]:
-            a, sign, b, _, result = step.rstrip(".").split()[-5:]
-            assert {"+": int(a) + int(b), "-": int(a) - int(b)}[sign] == int(result)
-        assert record["answer"] == result
-    rng = random.Random(0)
-    seen = {pretrain.document(rng)[0][0].strip().removeprefix("Question: ") for _ in range(2000)}
-    assert len(questions) == 600 and not seen & questions and not any(map(prepare.for_pretraining, questions))
+def test_a_task_of_a_table_is_sampled(prepare, monkeypatch):
+    """--task finds the folder, and its preset is not the toy's."""
+    prepare.make({"raw": table(NUMBERS)}, CSV)
+    art.TASKS.pop("own")
+    Kit.here(prepare, monkeypatch, "sample", "--task", "own", "--preset", "small", "--model", BASE,
+             "--max-new-tokens", "8", "--bits", "32")
+    lines = art.read_jsonl(prepare.runs / "own/samples.jsonl", "")
+    assert [len(line["samples"]) for line in lines] == [3] * 16 and lines[15]["draft"]["text"]
+    for about in ("{}", '{"answer": "words"}', "[]", "{"):  # it has no kind of answer
+        art.write(prepare.data / "own/task.json", about)
+        with pytest.raises(art.UserError, match="own.task.json"):
+            art.find_tasks(prepare.data)
+
+
+@pytest.mark.parametrize(("command", "content", "said"), [
+    ("gsm8k --files .", None, ["train_socratic.jsonl", "No such file"]),
+    ("gsm8k --files .", grade_school("Another version?"), ["train_socratic.jsonl", "checksum"]),
+    (OFFICIAL, items("ab", answer="no"), ['item 1: "answer"', 'item 2: "answer"']),
+    (OFFICIAL, items("a", facts="A text.", answer=1), ['item 1: "answer"', 'item 1: "facts"']),
+    (OFFICIAL, items("a", decomposition=[{"question": "?"}], qid=7), ['"decomposition"', '"qid"']),
+    (OFFICIAL, items("a" * 99, answer="no"), ["79 more"]), (OFFICIAL, "[3, null]", ["item 2:"]),
+    (OFFICIAL, "5", ["raw"]), (OFFICIAL, "{", ["raw"]), (OFFICIAL, items("abc"), ["few"]),
+    (CSV, table([*NUMBERS, "6 apples", "", "1/0"]), ["'6 apples'", "''", "'1/0'"]),
+    (f"{CSV} --kind choice", table(NUMBERS), ["'0' is not a choice"]),
+    (CSV, table(NUMBERS) + " ,5\n", ['"question"']), (CSV, table(["x"] * 99), ["79 more"]),
+    (CSV, table(NUMBERS[:9]), ["10"]), (CSV, "", ["question,"]), (CSV, None, ["raw"]),
+    (CSV, table(NUMBERS, head="Q,A"), ["question,"]), (CSV, table("") + "Q,1\n" * 10, ["few"]),
+    (CSV, 'question,answer\n"open,3\n' + table(NUMBERS * 500), ["raw"]),
+    (CSV, table(["\udcff"]), ["UTF-8"]), ("csv raw --task toy", table(NUMBERS), ["NAME"])])
+def test_what_cannot_be_used(prepare, monkeypatch, capsys, command, content, said):
+    """All faults are in one line, 20 at most, and nothing is written."""
+    path = prepare.folder / ("train_socratic.jsonl" if "gsm8k" in command else "raw")
+    if content is not None:
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    line = refused(monkeypatch, capsys, prepare, *command.split())
+    assert all(part in line for part in said) and line.count("; ") <= 20, line
+    assert not [*prepare.data.glob("*/*.jsonl")] and path.is_file() == (content is not None)
+
+
+GOOD = {"id": "a", "question": "Is it?", "answer": "1", "solution": [["", "1"]], "facts": ["1"]}
+FAULTS = {
+    "id": [None, 3, ["a"], " "], "question": [None, 3, ""], "facts": [None, "One text.", [1]],
+    "answer": [None, 3, True, "", "A", "six", "3,5", "1.5 million", "1/0", "1/0.0", " 1"],
+    "solution": [None, 3, "ab", ["ab"], [1], [["a", 1]], [["a"]], [{"a": "", "b": ""}], {"a": "b"}]}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, one) for key in FAULTS for one in FAULTS[key]])
+def test_faults_of_a_record(key, value):
+    assert art.fault_of(GOOD, "number") is None
+    assert key in art.fault_of({**GOOD, key: value}, "number")
+
+
+def write_splits(folder, **more):
+    for split in ("train", "dev", "test"):
+        records = [{**GOOD, "id": f"{split}\u2028"}, *more.get(split, [])]
+        art.write(folder / f"toy/{split}.jsonl", records)
+
+
+def test_faults_of_all_splits(tmp_path):
+    write_splits(tmp_path, train=[GOOD], dev=[{**GOOD, "answer": "six"}], test=[GOOD, {"id": 3}])
+    with pytest.raises(art.UserError, match=r"records: \S+dev.jsonl, line 2: .* 'six'[^;]*; "
+                       r"\S+test.jsonl, line 2: duplicate id a,[^;]*; \S+, line 3: \"id\"[^;]*$"):
+        splits(tmp_path)
+
+
+@pytest.mark.parametrize("line", ['{"id": ', "[1]", "7", "null", "[" * 9999, '{"a": "\\ud800"}'])
+def test_a_line_that_is_no_record(tmp_path, line):
+    """Its number is said. A byte order mark, or a line end in a text, is no fault."""
+    write_splits(tmp_path, train=[GOOD, {**GOOD, "id": "b"}])
+    path = tmp_path / "toy/test.jsonl"
+    path.write_bytes("\ufeff".encode() + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert splits(tmp_path)[2][0]["id"] == "test\u2028"
+    assert len(splits(tmp_path, limit=2, limit_train=1)[0]) == 1
+    for text, said in ((path.read_text("utf-8") + line, "test.jsonl, line 2: not a JSON object"),
+                       ("\n", "no questions in test: run python data/toy/prepare.py")):
+        path.write_text(text, "utf-8")
+        with pytest.raises(art.UserError, match=said):
+            splits(tmp_path)
+
+
+def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    art.write(tmp_path / "new/a.jsonl", [GOOD, {"text": "ä\u2028"}])
+    with pytest.raises(UnicodeEncodeError):
+        art.write(tmp_path / "new/a.jsonl", [GOOD] * 99_999 + [{"text": "\ud800"}])
+    assert art.read_jsonl(tmp_path / "new/a.jsonl", "") == [GOOD, {"text": "ä\u2028"}]

@@ -1,35 +1,115 @@
-"""What stands in two places says the same."""
+"""The documents agree with the code, the shipped runs and the lists of packages."""
 
+import functools
+import json
+import re
+import subprocess
+import sys
 import tomllib
+
+import pytest
 
 import art
 import evaluate
 
+DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((art.ROOT / "docs").glob("*.md")))]
 
-def lines(name):
-    return [line for line in (art.ROOT / name).read_text("utf-8").splitlines() if not line.startswith(("#", "-"))]
+
+def read(name):
+    return (art.ROOT / name).read_text("utf-8")
+
+
+def packages(name):
+    return [line for line in read(name).splitlines() if not line.startswith(("#", "-"))]
 
 
 def test_uv_and_pip_install_the_same():
-    about = tomllib.loads((art.ROOT / "pyproject.toml").read_text("utf-8"))
-    assert about["project"]["dependencies"] == lines("requirements.txt")
-    assert about["dependency-groups"]["dev"] == lines("requirements-dev.txt")
+    about = tomllib.loads(read("pyproject.toml"))
+    assert about["project"]["dependencies"] == packages("requirements.txt")
+    assert about["dependency-groups"]["dev"] == packages("requirements-dev.txt")
 
 
-def rows(text):
-    """[(row, [right, mended, broken, tokens]), ...] of the tables in a text that show rows of evaluate.py."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    return [(row[0], [row[1], *row[-3:]]) for row in cells if row[0] in evaluate.ROWS and len(row) >= 5]
+# --- Tables
 
 
-def test_tables_are_those_of_the_shipped_runs():
-    """The README's first table is the toy's, the second the real run's; results.md has more, and StrategyQA's."""
-    readme = (art.ROOT / "README.md").read_text("utf-8").partition("## A real model")
-    results = (art.ROOT / "docs/results.md").read_text("utf-8").partition("## A real model")[2].partition("\n## ")[0]
-    real, _, strategyqa = results.partition("\n### StrategyQA")
-    for text, run, least in ((readme[0], "toy", 6), (readme[2], "gsm8k-offline", 5), (real, "gsm8k-offline", 13),
-                             (strategyqa, "strategyqa", 9)):
-        shipped = dict(rows((art.ROOT / "docs/runs" / run / "table.md").read_text("utf-8")))
-        for row, cells in rows(text):
-            assert cells == shipped[row], row
-        assert len(rows(text)) >= least, run
+def rows_of(text):
+    """[{heading: cell}, ...]: the lines of the tables whose first heading is "row"."""
+    rows, headings = [], None
+    for line in text.splitlines():
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            headings = None
+        elif headings is None:
+            headings = cells
+        elif headings[0] == "row" and not line.startswith("| ---"):
+            rows.append(dict(zip(headings, cells, strict=True)))
+    return rows
+
+
+@pytest.mark.parametrize("name, start, end, run, least", [
+    ("README.md", "<!-- toy table -->", "\n## ", "toy", 6),
+    ("README.md", "## A real model", "\n## ", "gsm8k-offline", 5),
+    ("docs/results.md", "## A real model", "\n### StrategyQA", "gsm8k-offline", 12),
+    ("docs/results.md", "### StrategyQA", "\n## ", "strategyqa", 9),
+])
+def test_table_is_that_of_the_shipped_run(name, start, end, run, least):
+    """Every cell; `p` is from results.json."""
+    shipped = {row["row"]: row for row in rows_of(read(f"docs/runs/{run}/table.md"))}
+    for row in json.loads(read(f"docs/runs/{run}/results.json"))["rows"]:
+        shipped[row["row"]]["p"] = f"{row['vs_draft']['p']:.2g}" if "vs_draft" in row else "-"
+    rows = rows_of(read(name).partition(start)[2].partition(end)[0])
+    assert len(rows) >= least
+    for row in rows:
+        assert row.items() <= shipped[row["row"]].items()
+
+
+# --- Commands
+
+
+def code_of(text):
+    """The inline code and the commands in code blocks, each in one line and without comments."""
+    outside, inside = (text.replace("\\\n", " ").split("```")[start::2] for start in (0, 1))
+    found = re.findall(r"`([^`]+)`|^ {4}(python .+)", "\n".join(outside), re.MULTILINE)
+    lines = [inline or line for inline, line in found] + "\n".join(inside).splitlines()
+    return [" ".join(line.split("  #")[0].split()) for line in lines]
+
+
+@functools.cache
+def flags_of(script):
+    """The flags in the --help of a script; none if it has no --help."""
+    made = subprocess.run([sys.executable, art.ROOT / script, "--help"], capture_output=True,
+                          text=True, cwd=art.ROOT)
+    return {*re.findall(r"--[a-z][a-z-]*", made.stdout)}
+
+
+@pytest.mark.parametrize("name", [*DOCS, "Makefile"])
+def test_commands_have_scripts_flags_and_rows_that_exist(name):
+    lines = read(name).splitlines() if name == "Makefile" else code_of(read(name))
+    for line in lines:
+        for script, rest in re.findall(r"python (\S+\.py)(.*)", line):
+            assert (art.ROOT / script).is_file(), line
+            assert {*re.findall(r"(?<!\S)--[a-z-]+", rest)} <= flags_of(script), line
+        for names in re.findall(r"--(?:rows|row|against) ([\w,]+)", line):
+            assert {*names.split(",")} <= {*evaluate.ROWS, "all"}, line
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_flags_that_are_named_alone_exist(name):
+    scripts = ["art.py", "evaluate.py", "train_asker.py", "train_truster.py", "data/sample.py",
+               "data/prepare.py"]
+    known = {flag for script in scripts for flag in flags_of(script)}
+    foreign = {"--gpu-memory-utilization", "--continuous-batching"}  # of vLLM and transformers
+    named = {line.split()[0] for line in code_of(read(name)) if line.startswith("--")}
+    assert named <= known | foreign
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_links_lead_to_files_and_headings(name):
+    for target in re.findall(r"\]\((?!http)([^)\s]*)\)", read(name)):
+        path, _, heading = target.partition("#")
+        path = (art.ROOT / name).parent / path if path else art.ROOT / name
+        assert path.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.+)", path.read_text("utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+            assert heading in slugs, target

@@ -1,14 +1,41 @@
-"""Every exercise can be solved, and every expected value is true of the shipped runs."""
+"""Every exercise has a solution, and the checker tells what is wrong."""
 
 import check_exercises
 import exercises
+import numpy as np
+import pytest
 import solutions
 
-
-def test_solutions_give_the_expected_values():
-    assert set(check_exercises.check(solutions).values()) == {"done"}
+import art
+import evaluate
 
 
 def test_stubs_are_not_done_and_the_exercises_are_the_same():
-    assert set(check_exercises.check(exercises).values()) == {"not yet"}
-    assert check_exercises.check(exercises).keys() == check_exercises.expected().keys()
+    verdicts = check_exercises.check(exercises)
+    assert {*verdicts.values()} == {"not yet"} and len(verdicts) == 16
+    assert verdicts.keys() == check_exercises.check(solutions).keys()
+    assert {*check_exercises.check(solutions).values()} == {"done"}
+
+
+def test_expected_values_in_the_docs_are_those_of_the_solutions():
+    text, made = check_exercises.in_docs(check_exercises.expected())
+    assert text == made, "run python tests/check_exercises.py --docs"
+
+
+def test_solutions_agree_with_the_kit():
+    rng = np.random.default_rng(0)
+    p, (draft, refined) = rng.random(200).round(1), rng.random((2, 200)) < 0.6
+    found = evaluate.compare(refined, draft)
+    assert solutions.fixed_broken(draft, refined) == (found["won"], found["lost"])
+    assert solutions.sign_test(found["won"], found["lost"]) == pytest.approx(found["p"])
+    assert solutions.area(p, ~draft) == pytest.approx(art.auc(p, ~draft))
+    assert solutions.prior_back(0.3, 0.8) == pytest.approx(art.with_prior(0.3, 4))
+
+
+@pytest.mark.parametrize("function, verdict", [
+    (lambda *args: None, "gives None, expected ("),
+    (lambda *args: 1 / 0, "ZeroDivisionError: division by zero (test_exercises.py, line "),
+])
+def test_checker_tells_what_is_wrong(monkeypatch, function, verdict):
+    monkeypatch.setattr(exercises, "fixed_broken", function)
+    assert check_exercises.check(exercises)["fixed_broken"].startswith(verdict)

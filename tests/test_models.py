@@ -1,11 +1,11 @@
-"""The engine on the toy's base: generate, choose and score against plain forward passes of transformers."""
+"""A local model against transformers, on the toy's base; what chat templates and tokenizers do."""
 
+import contextlib
+import json
 import math
-import re
 import shutil
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 from conftest import BASE
@@ -13,175 +13,173 @@ from safetensors.torch import load_file, save_file
 
 import art
 
-NAMES = "Ann Ben Cleo Dan Eve Finn Gus Hana".split()
-PREFIX = "".join(f"Question: {a} has {n} pens. How many pens?\nAnswer:\n{a} has {n} pens.\n#### {n}\n\n"
-                 for n, a in enumerate(NAMES[:4], 3))
-
-
-def prompts_of(n=6, prefix=""):
-    """Prompts of different lengths."""
-    people = [NAMES[i: i + 2] for i in range(n)]
-    return [f"{prefix}Question: {a} picked {7 + i} pens. " + f"{b} picked {2 + i} more pens than {a}. " * (i % 3 + 1)
-            + f"How many pens did {b} pick?\nAnswer:\n" for i, (a, b) in enumerate(people)]
+NAMES = "Ann Ben Cleo Dan Eve Finn".split()
+PROMPTS = [  # of different lengths
+    f"Question: {a} picked {7 + i} pens. {f'{b} picked {2 + i} more than {a}. ' * (i % 3 + 1)}"
+    f"How many pens did {b} pick?\nAnswer:\n" for i, (a, b) in enumerate(zip(NAMES, NAMES[1:]))]
+YES_NO = (" Yes", " No")
 
 
 @pytest.fixture
 def lm(make_run):
-    return make_run().model("llm")
+    return make_run()
 
 
-def flat(made):
-    return [one["text"] for several in made for one in several]
+@pytest.fixture
+def changed(make_run, tmp_path):
+    """A function that gives the toy's base with a chat template, or with changed JSON files."""
+    def make(template="", **files):
+        folder = tmp_path / "base"
+        shutil.copytree(BASE, folder, dirs_exist_ok=True)
+        (folder / "chat_template.jinja").write_text(template, "utf-8")
+        for name, changes in files.items():
+            path = folder / f"{name}.json"
+            path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+        art.load_tokenizer.cache_clear()
+        return make_run(model=str(folder))
+    return make
 
 
-@pytest.mark.parametrize("prefix", ["", PREFIX], ids=["apart", "shared"])
-def test_greedy_is_what_generate_writes(lm, prefix):
-    """Text for text: neither the shared prefix nor padding nor rows that leave the batch change anything."""
-    made = [one for (one,) in lm.generate(prompts_of(prefix=prefix), 60)]
-    local = lm.backend
-    assert (len(local.shared) >= 32) == bool(prefix) and (len({one["tokens"] for one in made}) > 1)
-    for one, prompt in zip(made, prompts_of(prefix=prefix)):
-        ids = torch.tensor([local.tokens(prompt)])
+def test_greedy_text_equals_that_of_transformers(lm, monkeypatch):
+    """Neither the padding nor rows that leave the batch change a text."""
+    widths, pick = [], art.Local.pick
+    monkeypatch.setattr(art.Local, "pick", lambda self, logits, rows, temperature: (
+        widths.append(len(rows)), pick(self, logits, rows, temperature))[1])
+    outputs = [output for [output] in lm.generate(PROMPTS, 60)]
+    assert len({output["tokens"] for output in outputs}) > 1 and widths[0] == len(PROMPTS)
+    assert sum(widths) == sum(output["tokens"] for output in outputs)  # finished rows leave
+    for output, prompt in zip(outputs, PROMPTS):
+        ids = torch.tensor([lm.tokens(prompt, "")[0]])
         with torch.inference_mode():
-            out = local.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False)
-        assert one["text"] == local.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
-        assert one["prompt_tokens"] == ids.shape[1] and one["tokens"] == out.shape[1] - ids.shape[1]
+            new = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60,
+                                    do_sample=False)[:, ids.shape[1]:]
+            logits = lm.model(input_ids=torch.cat([ids, new], 1)).logits[0, ids.shape[1] - 1: -1]
+        assert output["text"] == lm.tokenizer.decode(new[0], skip_special_tokens=True).strip()
+        assert output["finished"] == (new[0, -1] == lm.tokenizer.eos_token_id)
+        assert (output["prompt_tokens"], output["tokens"]) == (ids.shape[1], new.shape[1])
+        logprob = logits.log_softmax(-1).gather(1, new.T).sum().item()
+        assert output["logprob"] == pytest.approx(logprob, abs=1e-3)
 
 
-def test_logprob_is_that_of_the_text(lm):
-    prompt = prompts_of(1)[0]
-    ((made,),) = lm.generate([prompt], 96)
-    local, ids = lm.backend, lm.backend.tokens(prompt)
-    new = local.tokens(made["text"]) + [local.tokenizer.eos_token_id]
-    with torch.inference_mode():
-        logits = local.model(input_ids=torch.tensor([ids + new])).logits[0, len(ids) - 1: -1]
-    assert made["stopped"] and made["tokens"] == len(new)
-    assert made["logprob"] == pytest.approx(logits.log_softmax(-1)[range(len(new)), new].sum().item(), abs=1e-3)
+def test_samples_depend_on_seed_prompt_and_number_alone(make_run, tmp_path):
+    def draw(folder, prompts, numbers=(0, 1), **changes):
+        lm = make_run(tmp_path / folder, **changes)
+        samples = lm.generate(prompts, 25, None, numbers, temperature=1.0)
+        return [[one["text"] for one in own] for own in samples]
 
-
-def test_samples_do_not_depend_on_the_batch(make_run, tmp_path):
-    """One batch, one question at a time in another order, other neighbours: the same samples, and they differ."""
-    def draw(folder, prompts, k=3, **changes):
-        lm = make_run(tmp_path / folder, **changes).model("llm")
-        return lm.generate(prompts, 40, k=k, temperature=1.0), lm.asked
-
-    prompts = prompts_of()
-    together, alone = draw("a", prompts)[0], draw("b", prompts[::-1], kv_gib=1e-6)[0]
-    assert flat(together) == flat(alone[::-1]) and flat(together[1:3]) == flat(draw("c", prompts[1:3])[0])
-    assert len(set(flat(together))) > len(prompts) and flat(together) != flat(draw("d", prompts, sample_seed=1)[0])
-    more, asked = draw("a", prompts, k=5)  # the first three stay, and all five are those that are drawn at once
-    assert [several[:3] for several in more] == together and asked == 2 * len(prompts)
-    assert flat(more) == flat(draw("e", prompts, k=5)[0])
+    together = draw("a", PROMPTS)
+    assert together == draw("b", PROMPTS[::-1], kv_gib=1e-6)[::-1]  # one row in a batch
+    assert draw("c", PROMPTS[1:3], [1]) == [own[1:] for own in together[1:3]]
+    assert together != draw("d", PROMPTS, sample_seed=1)
+    assert len({text for own in together for text in own}) > len(PROMPTS)
 
 
 def test_a_sample_is_drawn_by_inverse_cdf():
-    """The first token whose cumulated probability exceeds the row's own uniform number; temperature sharpens."""
+    """The first token whose cumulated probability exceeds the row's own random number."""
     logits = torch.tensor([[0.2, 0.3, 0.5]]).log().expand(4, 3)
     rows = [{"random": SimpleNamespace(random=lambda u=u: u)} for u in (1e-9, 0.199, 0.201, 0.999)]
     assert art.Local.pick(None, logits, rows, 1.0).tolist() == [0, 0, 1, 2]
-    assert art.Local.pick(None, logits, rows, 0.01).tolist() == [2, 2, 2, 2]
-    assert art.Local.pick(None, logits, rows, 0.0).tolist() == [2, 2, 2, 2]
+    for cold in (0.01, 0.0):
+        assert art.Local.pick(None, logits, rows, cold).tolist() == [2, 2, 2, 2]
 
 
-def test_stop_pattern(lm):
-    """The text ends behind the first match, no more is written, and what never stops counts as cut off."""
-    ((whole,),) = lm.generate(prompts_of(1), 60)
-    ((made,),) = lm.generate(prompts_of(1), 60, stop=r"= \d+")
-    assert made["text"] == whole["text"][: re.search(r"= \d+", whole["text"]).end()] and made["stopped"]
-    assert made["tokens"] < whole["tokens"]
-    ((cut,),) = lm.generate(prompts_of(1), 3)
-    assert not cut["stopped"] and cut["tokens"] == 3
+LIST = [f"Who is {name}?\n" for name in "ABCDEFGHIJ"]
+ANSWER = art.ANSWER_LINE["number"] + r"[^\n]*\n|\n\n"
 
 
-@pytest.mark.parametrize("prefix", ["", PREFIX], ids=["apart", "shared"])
-def test_choose_is_a_plain_forward_pass(lm, prefix):
-    """Yes against No at the token behind "Refine:", with prompts and answers of different lengths."""
-    prompts, begun = prompts_of(4, prefix), ["Who?\nRefine:", "Refine:", "How many has Ann?\nBen?\nRefine:", "Refine:"]
-    made = lm.choose(prompts, "Refine:", (" Yes", " No"), begun)
-    local = lm.backend
-    yes, no = (local.tokenizer(f"Refine:{word}", add_special_tokens=False)["input_ids"][-1] for word in (" Yes", " No"))
-    for one, prompt, text in zip(made, prompts, begun):
-        ids = local.tokens(prompt) + local.tokenizer(text, add_special_tokens=False)["input_ids"]
+@pytest.mark.parametrize(("start", "stop", "written", "more", "text"), [
+    ("", art.ASK_STOP, "A?\nB?\nA?\n", "C?\nD?\n", "A?\nB?\nA?"),  # a repeated line
+    ("", art.ASK_STOP, "".join(LIST[:8]), "".join(LIST[8:]), "".join(LIST[:8]).strip()),
+    ("", art.ASK_STOP, "A?\nRefine:", " Yes", "A?\nRefine:"),
+    ("", ANSWER, "2 + 3 = 5\n#### 5\n", "\nQuestion: B?", "2 + 3 = 5\n#### 5"),
+    ("", ANSWER, "<think>\n\n#### 7\n</think>It is 5.\n#### 5\n", "6", "It is 5.\n#### 5"),
+    ("<think>\n", ANSWER, "7?\n\n#### 7\n</think>\n#### 5\n", "6", "#### 5"),
+    ("<think>", ANSWER, "7?\n\n#### 7\n", "", ""),  # never ends its thought
+    ("", ANSWER, "2 + 3 =", "", "2 + 3 ="),
+], ids="repeated eight decision answer thought begun_thought open_thought cut_off".split())
+def test_where_a_text_stops(changed, monkeypatch, start, stop, written, more, text):
+    """Nothing is generated after it. A thought neither stops the text nor is part of it."""
+    lm = changed("{{ messages[0].content }}\nAnswer:\n" + start)
+    ids, rest = (art.token_ids(lm.tokenizer, part) for part in (written, more))
+    monkeypatch.setattr(art.Local, "pick", lambda self, logits, rows, temperature: torch.tensor(
+        [[*ids, *rest][len(row["ids"])] for row in rows]))
+    [[output]] = lm.generate(["B?"], len(ids + rest), stop)
+    assert (output["text"], output["finished"]) == (text, bool(more))
+    assert output["tokens"] == len(ids)
+
+
+def test_a_chat_template_has_a_fixed_date(changed):
+    """Else all outputs would be generated again the next day. Thinking is switched off."""
+    lm = changed("{{ strftime_now('%d %b %Y') }}, {{ date_string }}, {{ enable_thinking }}: "
+                 "{{ messages[0].content }}")
+    assert lm.tokenizer.decode(lm.tokens("B?", "")[0]) == "26 Jul 2024, 26 Jul 2024, False: B?"
+
+
+def test_what_a_model_cannot_read_is_one_line(changed, lm):
+    for template in ("{{ raise_exception('no roles') }}", "{% if %}"):
+        with pytest.raises(art.UserError, match="the chat template of .* failed"):
+            changed(template).generate(["B?"], 5)
+    for ask in (lambda texts: lm.generate(texts, 20), lambda texts: lm.choose(texts, [""], YES_NO)):
+        with pytest.raises(art.UserError, match="tokens, but .* reads 1024: lower --max-new-"):
+            ask(["How many pens? " * 300])
+
+
+def test_an_end_of_text_that_is_appended_to_every_text_is_dropped(changed, lm):
+    text, eos = {"Sequence": {"id": "A", "type_id": 0}}, {"id": "<eos>", "type_id": 0}
+    other = changed(tokenizer={"post_processor": {
+        "type": "TemplateProcessing", "single": [text, {"SpecialToken": eos}], "pair": [],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}}}})
+    assert other.tokenizer("Who?")["input_ids"][-1] == other.tokenizer.eos_token_id
+    other.chat = False
+    assert other.tokens("Who?", "Ann\n") == lm.tokens("Who?", "Ann\n")
+    with pytest.raises(art.UserError, match="has no end-of-text token"):
+        changed(tokenizer_config={"eos_token": None})
+
+
+def test_choose_equals_a_plain_forward_pass(lm):
+    """With prompts and answers of different lengths."""
+    begun = ["Who?\nRefine:", "Refine:", "How many has Ann?\nBen?\nRefine:"]
+    outputs = lm.choose(PROMPTS[:3], begun, YES_NO)
+    words = [art.token_ids(lm.tokenizer, f"Refine:{word}")[-1] for word in YES_NO]
+    for output, prompt, text in zip(outputs, PROMPTS, begun):
+        ids = lm.tokenizer(prompt)["input_ids"] + lm.tokenizer(text)["input_ids"]
         with torch.inference_mode():
-            logits = local.model(input_ids=torch.tensor([ids])).logits[0, -1, [yes, no]]
-        assert one["p"] == pytest.approx(logits.softmax(0)[0].item(), abs=1e-5) and one["prompt_tokens"] == len(ids)
-    assert len({round(one["p"], 6) for one in made}) > 1
+            logits = lm.model(input_ids=torch.tensor([ids])).logits[0, -1, words]
+        assert output["p"] == pytest.approx(logits.softmax(0)[0].item(), abs=1e-5)
+        assert output["prompt_tokens"] == len(ids)
+    assert len({output["p"] for output in outputs}) == 3
 
 
-def test_options_that_do_not_part_are_refused(lm):
-    for options in ((" Yes", " Yes"), (" 1 2", " 1 3")):
-        with pytest.raises(AssertionError):
-            lm.choose(prompts_of(1), "Refine:", options)
+    for options in ((" Yes", " Yes"), (" 1 2", " 1 3"), (" Yes", " No 1")):
+        with pytest.raises(art.UserError, match="one token each"):
+            lm.choose(PROMPTS[:1], [""], options)
 
 
-def save_scorer(folder, seed=3):
-    """An adapter of a scorer whose LoRA matrices and head are random."""
-    model = art.add_lora(art.load_scorer(BASE, 32, seed), "SEQ_CLS", 4)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.02)
-    model.save_pretrained(folder)
+def test_numbers_that_are_not_finite_are_one_line(changed, tmp_path):
+    """They are not cached."""
+    lm, path = changed(), tmp_path / "base/model.safetensors"
+    save_file({name: weight * math.nan for name, weight in load_file(path).items()}, path)
+    for ask in (lambda: lm.generate(["B?"], 5), lambda: lm.choose(["B?"], [""], YES_NO)):
+        with pytest.raises(art.UserError, match="not finite"):
+            ask()
+    assert lm.cache.execute("SELECT count(*) FROM answers").fetchone() == (0,)
 
 
-def score(local, texts):
-    """Scores of a backend in one batch."""
-    (rows,) = local.answers({text: (text, [0]) for text in texts}, {"kind": "score"}, {(text, 0) for text in texts})
-    return [rows[text, 0]["score"] for text in texts]
+def test_a_killed_run_is_resumed_in_the_same_batches(make_run, tmp_path, monkeypatch):
+    """The longest prompts come first. (Rounding depends on the neighbours in a batch.)"""
+    batches, dies, write = [], iter([0, 0, 1]), art.Local.write
 
+    def write_or_die(self, rows, settings):
+        if next(dies, 0):
+            raise KeyboardInterrupt
+        batches.append([row["key"] for row in rows])
+        lengths = [len(row["prompt"]) for row in rows]
+        assert lengths == sorted(lengths, reverse=True)
+        return write(self, rows, settings)
 
-def test_score_is_a_plain_forward_pass(tmp_path):
-    """Of transformers' sequence classifier, one text at a time: padding of any size changes nothing."""
-    save_scorer(tmp_path)
-    texts = [prompt * (i + 1) for i, prompt in enumerate(prompts_of(4))]
-    made = score(art.Local(BASE, 32, 0.25, tmp_path, scorer=True), texts)
-    plain = peft.PeftModel.from_pretrained(art.load_scorer(BASE, 32, seed=9), tmp_path).eval()
-    for one, text in zip(made, texts):
-        with torch.inference_mode():
-            expected = plain(input_ids=torch.tensor([art.load_tokenizer(BASE)(text)["input_ids"]])).logits.item()
-        assert one == pytest.approx(expected, abs=1e-4)
-
-
-def test_head_of_the_scorer_computes_in_fp32(tmp_path):
-    """On a base in 16 bits: scores of bf16 have 8 bits, in which many pairs would be equal."""
-    save_scorer(tmp_path)
-    local = art.Local(BASE, 16, 0.25, tmp_path, scorer=True)
-    scores = torch.tensor(score(local, prompts_of()))
-    assert local.machine == "cpu bfloat16" and local.base.score.weight.dtype == torch.float32
-    assert (scores.bfloat16().float() != scores).any()
-
-
-def test_a_prompt_that_is_too_long_has_failed(lm, capsys):
-    """It counts as wrong, the others are answered, and the next start asks it again."""
-    long, short = "How many pens? " * 300, prompts_of(1)[0]
-    (bad,), (good,) = lm.generate([long, short], 20)
-    assert bad["failed"] and not bad["stopped"] and good["tokens"] == 20 and "1 prompts are too long" in \
-        capsys.readouterr().err
-    assert len(lm.cache.outputs) == 1 and len(art.Cache(lm.cache.path).outputs) == 1
-    lm.generate([long, short], 20)
-    assert (lm.asked, lm.known) == (3, 1)
-
-
-def test_numbers_that_are_not_finite_make_no_answer(make_run, tmp_path, capsys):
-    """Neither a text nor a decision nor a score, and none is kept."""
-    shutil.copytree(BASE, tmp_path / "base")
-    weights = load_file(tmp_path / "base/model.safetensors")
-    save_file({name: weight * math.nan for name, weight in weights.items()}, tmp_path / "base/model.safetensors",
-              {"format": "pt"})
-    lm = make_run(model=str(tmp_path / "base")).model("llm")
-    rows = [one for (one,) in lm.generate(prompts_of(2), 5)] + lm.choose(prompts_of(2), "Refine:", (" Yes", " No"))
-    save_scorer(tmp_path / "adapter")
-    scorer = art.Local(str(tmp_path / "base"), 32, 0.25, tmp_path / "adapter", scorer=True)
-    (scored,) = scorer.answers({"x": ("Text", [0])}, {"kind": "score"}, {("x", 0)})
-    assert all(row["failed"] for row in [*rows, *scored.values()]) and not lm.cache.outputs
-    assert "not finite" in capsys.readouterr().err
-
-
-def test_number_format_follows_the_card(monkeypatch):
-    """fp32 without a card; fp16 on one that only emulates bf16, as a T4 does; bf16 on one that has it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [art.compute_dtype(bits) for bits in (4, 16, 32)] == [torch.float32, torch.bfloat16, torch.float32]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert [art.compute_dtype(bits) for bits in (4, 16, 32)] == [torch.float16, torch.float16, torch.float32]
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert art.compute_dtype(4) == torch.bfloat16
+    monkeypatch.setattr(art.Local, "write", write_or_die)
+    for folder in ("killed", "killed", "whole"):
+        with contextlib.suppress(KeyboardInterrupt):
+            make_run(tmp_path / folder, kv_gib=0.001).generate(PROMPTS, 20, None, [0, 1], 1.0)
+    n = len(batches) // 2
+    assert n > 3 and batches[:n] == batches[n:]

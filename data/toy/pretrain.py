@@ -5,9 +5,9 @@
 The text imitates careless writers. About half of them fall into the trap of a question, whether they answer at once or
 ask themselves first. Who checks an answer of his own repeats its misreading in most cases, so he rarely finds it. Who
 revises along given sub-questions follows them to the letter and reckons right, but hurries, and adds the basket that
-nobody asked about: so good sub-questions mend, and revising breaks right answers, too. Only teachers tell right from
-wrong (though they overlook slips), and nobody asks them: the model could know better than it answers. All prompts are
-art.py's.
+nobody asked about: so good sub-questions fix answers, and revising breaks right ones, too. Only teachers tell right
+from wrong (though they overlook slips), and nobody asks them: the model could know better than it answers. All prompts
+are those of art.py.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import art
 # Chance that an author falls into the trap: about a half, so neither the text nor the likeliest answer tells who did.
 TRAPPED = {"sign": 0.56, "number": 0.46, "person": 0.54, "slip": 0.36}
 ADDS = 0.15  # chance that an author adds the basket
-ECHO = 0.5  # chance that a self-check repeats the answer's reading, else it reads anew: 3 in 4 misread the same again
+ECHO = 0.5  # chance that a self-check repeats the answer's reading, else it reads again: 3 in 4 misread the same again
 HURRY = 0.7  # chance that a reviser adds the basket, whatever was asked: over a half, so the likeliest revision does
 DECISIVE = 10  # weight of a word that decides against that of any other: there are few in a text
 # Per cent of the texts. The first steps show nothing but quotes: to hold a line against a sentence is learned slowly
@@ -94,7 +94,8 @@ def write(rng, kind, problem):
     elif kind == "plain":
         text = art.refine_prompt(record, draft) + answers(rng, problem, other, HURRY)
     elif kind == "choose":  # who compares two answers makes a third, and takes the one that agrees
-        text = art.choice_prompt(record, draft, answers(rng, problem, other))
+        text = (f"{art.question_block(record)}Answer A:\n{draft}\n"
+                f"Answer B:\n{answers(rng, problem, other)}\nBetter answer:\n")
         decision = rng.choice("AB") if reading == other else "A" if misreads(rng, problem) == reading else "B"
     elif kind == "check":  # whose sub-questions lead elsewhere doubts the answer
         target, _, word = art.ask_target(lines, asked != reading).rpartition(" ")
