@@ -7,12 +7,16 @@ Trains one more Asker, in the run "blanked": it never sees a draft. Its AUC tell
 alone reveals.
 """
 
+import random
 import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+from prepare import SPLITS, draw_problem, solve
+
 import art
 import evaluate
 import train_asker
@@ -34,6 +38,7 @@ def measure(args):
 
     drafts, refined = (outputs.correct[stage][outputs.test] for stage in ("draft", "refined"))
     takes = outputs.takes("refined", "truster")[outputs.test]
+    found |= along(args, outputs, test)
     found["Truster keeps what was fixed"] = takes[~drafts & refined].mean()
     found["Truster refuses what was broken"] = (~takes)[drafts & ~refined].mean()
     for gate in ("ask", "ask_self", "logprob"):
@@ -58,6 +63,26 @@ def word_pair_gate(outputs):
     return np.where(refine, outputs.correct["refined"], outputs.correct["draft"])[outputs.test]
 
 
+def along(args, outputs, test):
+    """The accuracy of refined answers along gold and along misread sub-questions."""
+    rng, wanted = random.Random(f"toy test {args.test_seed}"), {one["question"] for one in test}
+    problems = {}  # of the test questions, drawn again
+    for _ in range(20 * len(test)):
+        problem = draw_problem(rng)
+        problems[problem.text()] = problem
+    if not wanted <= problems.keys():
+        raise art.UserError("these are not the test questions of this seed: give --test-seed")
+    found, drafts = {}, outputs.of["draft"][outputs.test]
+    for name, trapped in (("gold", False), ("misread", True)):
+        asked = [{"subquestions": [line for line, _ in solve(problems[one["question"]], trapped)[0]]}
+                 for one in test]
+        refined = art.refine(outputs.model("llm", f"along {name}"), args, test, drafts, asked)
+        found[f"refined along {name} sub-questions"] = np.mean([
+            new["finished"] and art.is_correct(args.task, new["text"], record["answer"])
+            for new, record in zip(refined, test)])
+    return found
+
+
 def blanked_asker(args, test):
     """p_refine of an Asker that is trained as the kit's, but sees no draft."""
     prompt = art.ask_prompt
@@ -78,6 +103,8 @@ def blanked_asker(args, test):
 def main():
     parser = art.make_parser(__doc__, "evaluate")
     parser.add_argument("names", nargs="+", metavar="RUN", help="finished runs")
+    parser.add_argument("--test-seed", type=int, default=SPLITS["test"][1],
+                        help="the seed that data/toy/prepare.py was given")
     names, words, found = parser.parse_args().names, sys.argv[1:], []
     for name in names:
         found.append(measure(art.parse(parser, [*words, "--run", name])))
