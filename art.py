@@ -216,6 +216,14 @@ def gold_subquestions(record):
     return [subquestion for subquestion, _ in record.get("solution", []) if subquestion]
 
 
+def write_subquestions(model, args, prompts):
+    """Let a model continue each prompt with sub-questions: {"subquestions": list of str, ...}."""
+    asked = [output for [output] in model.generate(prompts, args.max_new_tokens, ASK_STOP)]
+    for output in asked:
+        output["subquestions"] = parse_subquestions(output.pop("text"))
+    return asked
+
+
 def ask(asker, args, records, drafts):
     """Step 2: sub-questions, and the probability that the draft is wrong (paper, section 3.2).
 
@@ -230,13 +238,9 @@ def ask(asker, args, records, drafts):
         prompt = ask_prompt(record, draft["text"])
         prompts.append(render(asker, args, prompt, "ask"))
 
-    asked = []
-    begun = []  # what the Asker has "already written" when it decides
-    for [output] in asker.generate(prompts, args.max_new_tokens, ASK_STOP):
-        output["subquestions"] = parse_subquestions(output.pop("text"))
-        asked.append(output)
-        begun.append("\n".join([*output["subquestions"], DECISION]))
-
+    asked = write_subquestions(asker, args, prompts)
+    # what the Asker has "already written" when it decides
+    begun = ["\n".join([*output["subquestions"], DECISION]) for output in asked]
     decisions = asker.choose(prompts, begun, (" Yes", " No"))
     for output, decision in zip(asked, decisions):
         output["p_refine"] = with_prior(decision["p"], asker.prior_odds)
@@ -620,16 +624,15 @@ def read_jsonl(path, fix):
     if not Path(path).is_file():
         raise UserError(f"{path} is missing: {fix}")
     records = []
-    lines = Path(path).read_text("utf-8-sig", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
+    text = Path(path).read_text("utf-8-sig", errors="replace").rstrip()
+    for number, line in enumerate(text.split("\n") if text else [], 1):
         try:
-            record = json.loads(line or "{}")
+            record = json.loads(line)
             json.dumps(record, ensure_ascii=False).encode()  # fails for half a character
             record.keys()
         except (ValueError, RecursionError, AttributeError):
             raise UserError(f"{path}, line {number}: not a JSON object; fix or delete it") from None
-        if record:
-            records.append(record)
+        records.append(record)
     return records
 
 
@@ -1115,6 +1118,10 @@ def load_base(name, bits, scorer=False):
         kind = "AutoModelForSequenceClassification"
         settings |= {"num_labels": 1, "pad_token_id": load_tokenizer(name).pad_token_id}
     model = from_pretrained(kind, name, **settings).eval()
+    for layer in model.modules():
+        # bitsandbytes: bf16 on some CPUs alone, which gives other results there
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     if not cuda and dtype == torch.float32:
         use_onednn(model.base_model)
     if scorer:
@@ -1125,32 +1132,18 @@ def load_base(name, bits, scorer=False):
 
 
 def use_onednn(model):
-    """Let oneDNN do the fp32 products of frozen layers: on AMD CPUs 2.3 times as fast as MKL.
+    """Let oneDNN do the large fp32 products of inference: on AMD CPUs 2.3 times as fast as MKL.
 
-    Measured with docs/measure/speed.py on a 0.5B model, at 8 to 64 rows. Small products stay as
-    they are.
+    Measured with docs/measure/speed.py on a 0.5B model, at 8 to 64 rows.
     """
     import torch
 
-    def product(x, weight, bias=None):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    class Product(torch.autograd.Function):  # the weight is frozen: only x has a gradient
-        @staticmethod
-        def forward(ctx, x, weight, bias):
-            ctx.weight = weight
-            return product(x, weight, bias)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return product(gradient, ctx.weight.t()), None, None
-
     class Linear(torch.nn.Linear):
         def forward(self, x):
-            trained = self.weight.requires_grad and torch.is_grad_enabled()
-            if trained or x.dtype != torch.float32 or x.numel() * self.out_features < 2**22:
+            large = x.dtype == torch.float32 and x.numel() * self.out_features >= 2**22
+            if not large or torch.is_grad_enabled():
                 return super().forward(x)
-            return Product.apply(x, self.weight, self.bias)
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     if torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available():
         for layer in model.modules():
@@ -1221,7 +1214,9 @@ class Local(Model):
                 size += sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
         gib = self.args.kv_gib
         if not gib:
-            gib = torch.cuda.mem_get_info()[0] / 2**32 if torch.cuda.is_available() else 0.5
+            share = 8 if self.adapter else 4  # an adapter needs memory of its own
+            free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 2
+            gib = free / share
         return int(gib * 2**30 / size * 256)
 
     def compute(self, missing, settings):
@@ -1354,7 +1349,7 @@ class Local(Model):
         if not spelled[0][:-1] == spelled[1][:-1] == before or spelled[0] == spelled[1]:
             raise UserError(f"the tokenizer of {self.name} does not give Yes and No after "
                             f"{DECISION} one token each: take another model")
-        out = self.model(**self.pad(rows), logits_to_keep=1)
+        out = self.model(**self.pad(rows), logits_to_keep=1, use_cache=False)
         logits = out.logits[:, -1, [spelled[0][-1], spelled[1][-1]]].double()
         return [{"p": p} for p in logits.softmax(-1)[:, 0].tolist()]
 
@@ -1382,7 +1377,7 @@ class Server(Model):
     def __init__(self, args):
         import openai
         super().__init__(args, {"server": args.base_url, "model": args.model}, chat=True)
-        self.openai, self.failures = openai, 0
+        self.openai, self.failures, self.told = openai, 0, False
         self.api_key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
         self.client = openai.OpenAI(
             base_url=args.base_url, api_key=self.api_key, max_retries=5, timeout=300)
@@ -1420,6 +1415,10 @@ class Server(Model):
                 if self.failures == 20:
                     raise UserError(f"20 replies in a row failed, the last one: {output['failed']}."
                                     " Check --base-url (most end in /v1) and --model")
+                if output.get("logprob", 0) is None and "logprobs" in settings["send"]:
+                    if "failed" not in output and not self.told:
+                        print("the server gives no log-probabilities", flush=True)
+                        self.told = True
                 yield {jobs[job]: output}
         finally:  # after an error or Ctrl-C no new request is sent
             pool.shutdown(wait=False, cancel_futures=True)
@@ -1433,8 +1432,8 @@ class Server(Model):
         except (errors.OpenAIError, ValueError, TypeError, AttributeError) as error:  # unusable
             text = f"{error} {getattr(error, 'body', None) or ''}"
             text = " ".join(text.split()).replace(self.api_key, "...")[:300]
-            if isinstance(error, (errors.AuthenticationError, errors.NotFoundError,
-                                  errors.APIConnectionError)):  # no question would fare better
+            hopeless = (errors.AuthenticationError, errors.NotFoundError, errors.APIConnectionError)
+            if isinstance(error, hopeless) and not isinstance(error, errors.APITimeoutError):
                 raise UserError(f"the server failed: {text} Check --base-url (most end in /v1), "
                                 "--model and OPENAI_API_KEY") from None
             if getattr(error, "status_code", 0) in (400, 422) and "context" not in text:
@@ -1460,8 +1459,6 @@ class Server(Model):
         reason = str(choice and choice.finish_reason).lower()
         if not text or reason in ("error", "abort", "content_filter"):
             raise ValueError(f"no usable text (finish_reason {reason}) in {reply}")
-        if not choice.logprobs and "logprobs" in send:  # said once, as if refused
-            raise Refused("logprobs", "top_logprobs")
         tokens = getattr(choice.logprobs, "content", None) or []
         tokens = [token for token in tokens if token.logprob is not None]
         usage = {"tokens": getattr(reply.usage, "completion_tokens", None) or len(tokens),
@@ -1561,8 +1558,12 @@ def add_lora(model, task_type, rank, start=None):
     if start:
         model = peft.PeftModel.from_pretrained(model, start, is_trainable=True)
     else:
-        model = peft.get_peft_model(model, peft.LoraConfig(
-            task_type=task_type, r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        config = peft.LoraConfig(task_type=task_type, r=rank, lora_alpha=2 * rank,
+                                 target_modules="all-linear")
+        try:
+            model = peft.get_peft_model(model, config)
+        except ValueError as error:  # Mamba layers
+            raise UserError(f"PEFT cannot train this model: {error}") from None
     for weight in model.parameters():
         norm = weight.ndim == 1 and weight.dtype == torch.float16  # may overflow in fp16
         if weight.requires_grad or norm:

@@ -425,17 +425,6 @@ def table(results):
     return "\n".join([*lines, ""])
 
 
-def kinds_table(records, correct):
-    """The accuracy of three rows for each kind of question, if the records have kinds."""
-    names = [row for row in ("draft", "refine_always", "art") if row in correct]
-    lines = [f"\n| kind of question | n | {' | '.join(names)} |", "| --- " * (2 + len(names)) + "|"]
-    kinds = np.array([record.get("kind", "") for record in records])
-    for kind in sorted({*kinds} - {""}):
-        shares = [f"{correct[row][kinds == kind].mean():.1%}" for row in names]
-        lines.append(f"| {kind} | {(kinds == kind).sum()} | {' | '.join(shares)} |")
-    return "\n".join([*lines, ""]) if len(lines) > 2 else ""
-
-
 def as_records(outputs, part, correct):
     """The records of dev or test with the outputs of every stage and what is correct."""
     records = []
@@ -533,7 +522,7 @@ def main():
     results["art_vs"] = {row: compare(correct["art"], correct[row])
                          for row in ("draft", "self_refine") if {row, "art"} <= correct.keys()}
     drafts = {"draft": outputs.correct["draft"]}
-    text = table(results) + kinds_table(test, correct)
+    text = table(results)
     art.write(args.folder / "records.jsonl", as_records(outputs, outputs.test, correct))
     art.write(args.folder / "dev.jsonl", as_records(outputs, outputs.dev, drafts))
     art.write(args.folder / "table.md", text)

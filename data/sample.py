@@ -85,9 +85,11 @@ def subquestions(args):
     """Write subquestions.jsonl: the LLM asks what the gold solution of each question settles."""
     records, llm = art.load_split(args, "train"), art.open_model(args, "llm")
     llm.label = "sub-questions"
-    solutions = [{"text": art.solution_text(record.get("solution", []), record["answer"])}
-                 for record in records]
-    asked = art.ask(llm, args, records, solutions)
+    prompts = []
+    for record in records:
+        solution = art.solution_text(record.get("solution", []), record["answer"])
+        prompts.append(art.render(llm, args, art.ask_prompt(record, solution), "ask"))
+    asked = art.write_subquestions(llm, args, prompts)
     lines = [{"id": record["id"], "subquestions": output["subquestions"]}
              for record, output in zip(records, asked)]
     art.write(args.shared / "subquestions.jsonl", lines)

@@ -186,15 +186,14 @@ def test_odd_replies_are_read(llm_at, reply, finished):
     assert output["finished"] == finished
 
 
-@pytest.mark.parametrize("names", [*zip(SETTINGS), SETTINGS, ()], ids=",".join)
+@pytest.mark.parametrize("names", [*zip(SETTINGS), SETTINGS], ids=",".join)
 def test_a_refused_setting_is_left_out(llm_at, capsys, names):
     """One line says so, also of eight requests at a time; servers.json tells the next start."""
     together = threading.Barrier(8)
     with Server(lambda number, body: (number > 8 or together.wait(60) < 8) and refuse(*names)(
-            number, body), tokens=names and [("5", {})]) as server:
+            number, body), tokens=[("5", {})]) as server:
         first = sample(llm_at(server, concurrency=8), range(4))
         assert {output["answer"] for outputs in first for output in outputs} == {"5"}
-        names = names or ("logprobs",)  # not refused, but ignored
         said = re.findall("the server refuses (.*): ", capsys.readouterr().out)
         assert len(said) == len(set(said)) and set(names) <= set(", ".join(said).split(", "))
         server.fault, server.asked = refuse(*names), []
@@ -287,3 +286,10 @@ def test_all_scripts_take_a_server(copy, monkeypatch, capsys):
         copy.here(monkeypatch, "solve", RECORD["question"])
     assert (asked["draft"], asked["ask_self"], copy.results()["draft"]["failed"]) == (1, 1, 0)
     assert "answer: 5" in capsys.readouterr().out
+
+
+def test_missing_logprobs_are_said_once(llm_at, capsys):
+    with Server(lambda *_: (200, reply_of("#### 5", logprobs=None))) as server:
+        outputs = predict(llm_at(server), 1, 2, 3, 4)
+    assert [output["logprob"] for output in outputs] == [None] * 4
+    assert capsys.readouterr().out.count("gives no log-probabilities") == 1
