@@ -20,7 +20,7 @@ settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "data/toy/base")
-sys.path.append(str(ROOT / "data"))  # sample.py
+sys.path += [str(ROOT / "data"), str(ROOT / "docs/exercises")]  # sample.py, check.py
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # tiny models: threads only wait
 PATHS = {"sample": "data/sample.py", "train_asker": "train_asker.py", "evaluate": "evaluate.py",
          "train_truster": "train_truster.py", "solve": "art.py"}

@@ -12,7 +12,8 @@ import pytest
 import art
 import evaluate
 
-DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((art.ROOT / "docs").glob("*.md")))]
+DOCS = ["README.md", *(path.relative_to(art.ROOT).as_posix()
+                       for path in sorted((art.ROOT / "docs").rglob("*.md")) if "runs" not in path.parts)]
 
 
 def read(name):

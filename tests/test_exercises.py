@@ -1,6 +1,6 @@
 """Every exercise has a solution, and the checker tells what is wrong."""
 
-import check_exercises
+import check
 import exercises
 import numpy as np
 import pytest
@@ -11,15 +11,15 @@ import evaluate
 
 
 def test_stubs_are_not_done_and_the_exercises_are_the_same():
-    verdicts = check_exercises.check(exercises)
+    verdicts = check.check(exercises)
     assert {*verdicts.values()} == {"not yet"} and len(verdicts) == 16
-    assert verdicts.keys() == check_exercises.check(solutions).keys()
-    assert {*check_exercises.check(solutions).values()} == {"done"}
+    assert verdicts.keys() == check.check(solutions).keys()
+    assert {*check.check(solutions).values()} == {"done"}
 
 
 def test_expected_values_in_the_docs_are_those_of_the_solutions():
-    text, made = check_exercises.in_docs(check_exercises.expected())
-    assert text == made, "run python tests/check_exercises.py --docs"
+    text, made = check.in_docs(check.expected())
+    assert text == made, "run python docs/exercises/check.py --docs"
 
 
 def test_solutions_agree_with_the_kit():
@@ -38,4 +38,4 @@ def test_solutions_agree_with_the_kit():
 ])
 def test_checker_tells_what_is_wrong(monkeypatch, function, verdict):
     monkeypatch.setattr(exercises, "fixed_broken", function)
-    assert check_exercises.check(exercises)["fixed_broken"].startswith(verdict)
+    assert check.check(exercises)["fixed_broken"].startswith(verdict)

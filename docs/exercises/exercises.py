@@ -1,9 +1,11 @@
-"""Exercises, to be filled in. docs/exercises.md has the questions, hints and expected values.
+"""Exercises, to be filled in. README.md beside this file has the questions and expected values.
 
-    python tests/check_exercises.py     # which of them are done?
+    python docs/exercises/check.py      # which of them are done?
 
 Arrays are numpy arrays with one entry a question; "correct" arrays hold True and False.
 """
+
+import numpy as np  # noqa: F401
 
 
 def fixed_broken(correct_before, correct_after):
@@ -12,27 +14,27 @@ def fixed_broken(correct_before, correct_after):
 
 
 def row_asker(p_refine, threshold, correct_draft, correct_refined):
-    """2. Accuracy of row `asker`: refine where p_refine is at least the threshold, the refined answer is taken."""
+    """2. Accuracy of row `asker`: the refined answer is taken where p_refine >= threshold."""
     raise NotImplementedError
 
 
 def row_art(p_refine, threshold, score_draft, score_refined, correct_draft, correct_refined):
-    """3. Accuracy of row `art`: as above, but take the answer with the higher score; the draft if they are equal."""
+    """3. Accuracy of row `art`: as above, but the answer with the higher score; ties: the draft."""
     raise NotImplementedError
 
 
 def gap_closed(correct_draft, correct_refined, correct_art):
-    """4. Which share of the way from the draft to a perfect choice between draft and refined answer does ART go?"""
+    """4. How far does ART go from the draft (0) to a perfect choice of the two answers (1)?"""
     raise NotImplementedError
 
 
 def area(p_refine, incorrect_draft):
-    """5. AUC: the probability that an incorrect draft has a higher p_refine than a correct one, ties half."""
+    """5. AUC: how often does an incorrect draft have a higher p_refine than a correct one?"""
     raise NotImplementedError
 
 
 def calibration_error(p_refine, incorrect_draft):
-    """6. Expected calibration error, ten bins of equal width: the mean of |mean p - share incorrect|."""
+    """6. Expected calibration error: ten bins of equal width, |mean p - share incorrect|."""
     raise NotImplementedError
 
 
@@ -42,19 +44,22 @@ def sign_test(won, lost):
 
 
 def least_net_gain(differing):
-    """8. If two rows differ on so many questions: the least (won - lost) with p <= 0.05; None if there is none."""
+    """8. Two rows differ on so many questions: the least (won - lost) with p <= 0.05, or None."""
     raise NotImplementedError
 
 
 def refining_pays(correct_draft, correct_refined):
-    """9. True if fixing rate / breaking rate exceeds correct drafts / incorrect drafts (arXiv 2604.22273)."""
+    """9. Is fixing rate / breaking rate above correct drafts / incorrect drafts? True or False."""
     raise NotImplementedError
 
 
-def optimism(p_refine, correct_draft, correct_refined):
-    """10. Choose the best threshold on the first half of the questions: row `asker` there minus on the others.
+def optimism(p_refine, correct_draft, correct_refined, orders):
+    """10. How much better does a threshold look on the questions that it was chosen on?
 
-    The threshold is one of the values of p_refine there (the smallest among equally good ones), or infinity.
+    Each of the `orders` (arrays of indices) puts the questions into another order. Choose the best
+    threshold on its first half, one of the values of p_refine there (the smallest among equally
+    good ones) or infinity: the accuracy of row `asker` there minus that on the second half. Return
+    the mean over the orders.
     """
     raise NotImplementedError
 
@@ -70,12 +75,12 @@ def majority(answers):
 
 
 def hinge(scores, correct, margin=1.0):
-    """13. Another loss for the Truster: mean over all pairs of max(0, margin - (chosen - rejected)); torch tensors."""
+    """13. The mean over all pairs of max(0, margin - (correct - incorrect)); torch tensors."""
     raise NotImplementedError
 
 
 def prior_back(p, share_incorrect):
-    """14. The Asker saw as many correct as incorrect drafts. p_refine if `share_incorrect` are incorrect."""
+    """14. The Asker saw as many correct as incorrect drafts; now this share is incorrect."""
     raise NotImplementedError
 
 
@@ -85,5 +90,5 @@ def lora_weights(shapes, rank):
 
 
 def numbered(record, subquestions):
-    """16. A refinement prompt without the draft, whose sub-questions are numbered: "1. ...", "2. ..."."""
+    """16. A refinement prompt without the draft, its sub-questions numbered: "1. ...", "2. ..."."""
     raise NotImplementedError

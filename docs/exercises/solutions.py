@@ -1,4 +1,4 @@
-"""One solution of each exercise: the tests run them, so every expected value is true of the shipped runs."""
+"""One solution of each exercise: the tests run them, so every expected value is true."""
 
 import collections
 import math
@@ -33,8 +33,10 @@ def area(p_refine, incorrect_draft):
 
 def calibration_error(p_refine, incorrect_draft):
     bins = np.minimum((p_refine * 10).astype(int), 9)
-    gaps = [(bins == b).mean() * abs(p_refine[bins == b].mean() - incorrect_draft[bins == b].mean()) for b in set(bins)]
-    return sum(gaps)
+    error = 0.0
+    for inside in (bins == number for number in set(bins)):
+        error += inside.mean() * abs(p_refine[inside].mean() - incorrect_draft[inside].mean())
+    return error
 
 
 def sign_test(won, lost):
@@ -50,17 +52,22 @@ def least_net_gain(differing):
 
 
 def refining_pays(correct_draft, correct_refined):
-    fixing, breaking = correct_refined[~correct_draft].mean(), (~correct_refined)[correct_draft].mean()
+    fixing = correct_refined[~correct_draft].mean()
+    breaking = (~correct_refined)[correct_draft].mean()
     return bool(fixing / breaking > correct_draft.mean() / (~correct_draft).mean())
 
 
-def optimism(p_refine, correct_draft, correct_refined):
-    half = len(p_refine) // 2
-    first, second = ([column[part] for column in (p_refine, correct_draft, correct_refined)]
-                     for part in (slice(half), slice(half, None)))
-    thresholds = [*np.unique(first[0]), math.inf]
-    best = max(thresholds, key=lambda threshold: row_asker(first[0], threshold, *first[1:]))
-    return row_asker(first[0], best, *first[1:]) - row_asker(second[0], best, *second[1:])
+def optimism(p_refine, correct_draft, correct_refined, orders):
+    def accuracy(order, threshold):
+        return row_asker(p_refine[order], threshold, correct_draft[order], correct_refined[order])
+
+    gaps = []
+    for order in orders:
+        first, second = np.split(order, [len(order) // 2])
+        thresholds = [*np.unique(p_refine[first]), math.inf]
+        best = max(thresholds, key=lambda threshold: accuracy(first, threshold))  # noqa: B023
+        gaps.append(accuracy(first, best) - accuracy(second, best))
+    return np.mean(gaps)
 
 
 def same_answers(answers_draft, answers_refined):
