@@ -1013,29 +1013,50 @@ class Model:
 
     def answers(self, questions, settings):
         """An output for each question (prompt, begun, number): from the cache, else computed."""
-        from tqdm import tqdm
+        from filelock import FileLock, Timeout
         how = short_hash({**self.identity, **settings})
         keys = [f"{how} {short_hash(question)}" for question in questions]
-        outputs, missing = {}, {}
-        for key, question in zip(keys, questions):
+        wanted = dict(zip(keys, questions))
+        outputs = self.cached(wanted)
+        if len(outputs) < len(wanted):
+            lock = FileLock(self.args.shared / "answers.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:  # it may be generating the same answers
+                print("waiting for another process that uses this folder", flush=True)
+                lock.acquire()
+            try:
+                outputs = self.cached(wanted)
+                outputs |= self.generated(wanted, outputs, settings)
+            finally:
+                lock.release()
+        return [{"failed": "", **outputs[key]} for key in keys]
+
+    def cached(self, keys):
+        """{key: output} of the keys that are in the cache."""
+        outputs = {}
+        for key in keys:
             row = self.cache.execute("SELECT output FROM answers WHERE key = ?", [key]).fetchone()
             if row:
                 outputs[key] = json.loads(row[0])
-            else:
-                missing[key] = question
-        if missing:
-            total = len(outputs) + len(missing)
-            print(f"{self.label}: {len(outputs):,} of {total:,} cached, generating "
-                  f"{len(missing):,}", flush=True)
-            with tqdm(total=len(missing), desc=self.label, unit="answer", disable=None) as bar:
-                for batch in self.compute(missing, settings):
-                    rows = [(key, json.dumps(output)) for key, output in batch.items()
-                            if "failed" not in output]
-                    with self.cache:  # one transaction: a batch is saved completely or not at all
-                        self.cache.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
-                    outputs |= batch
-                    bar.update(len(batch))
-        return [{"failed": "", **outputs[key]} for key in keys]
+        return outputs
+
+    def generated(self, wanted, cached, settings):
+        """{key: output} of the questions that are not cached; they are saved batch by batch."""
+        from tqdm import tqdm
+        missing = {key: question for key, question in wanted.items() if key not in cached}
+        print(f"{self.label}: {len(cached):,} of {len(wanted):,} cached, generating "
+              f"{len(missing):,}", flush=True)
+        outputs = {}
+        with tqdm(total=len(missing), desc=self.label, unit="answer", disable=None) as bar:
+            for batch in self.compute(missing, settings) if missing else []:
+                rows = [(key, json.dumps(output)) for key, output in batch.items()
+                        if "failed" not in output]
+                with self.cache:  # one transaction: a batch is saved completely or not at all
+                    self.cache.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+                outputs |= batch
+                bar.update(len(batch))
+        return outputs
 
 
 def folder_of(name):

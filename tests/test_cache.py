@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from conftest import BASE, ROOT, args_of, asked_of, edit, load
@@ -54,6 +56,28 @@ def test_failed_outputs_are_not_cached(tmp_path):
     assert Fake(tmp_path, fails="two").generate(PROMPTS, 9)[1][0]["failed"] == "why"
     model = Fake(tmp_path)
     assert model.generate(PROMPTS, 9)[1][0]["failed"] == "" and model.computed == ["two"]
+
+
+def test_two_at_once_generate_nothing_twice(tmp_path, capsys):
+    """The second waits until the first has ended, and says so."""
+    def work(models):
+        models.append(Fake(tmp_path))
+        models[0].generate(PROMPTS, 9)
+
+    first, second = Fake(tmp_path), []
+    thread = threading.Thread(target=work, args=[second])
+    compute = first.compute
+
+    def slow(*args):
+        thread.start()
+        while "waiting for another process" not in capsys.readouterr().out:
+            time.sleep(0.01)
+        return compute(*args)
+
+    first.compute = slow
+    first.generate(PROMPTS, 9)
+    thread.join()
+    assert not second[0].computed
 
 
 PROCESS = """
