@@ -7,7 +7,7 @@
     python art.py "QUESTION"        # one question through the four steps
     python art.py --random          # the same with one of the test questions
 
-The LLM is never trained. The Asker and the Truster are small models, fine-tuned with 4-bit QLoRA.
+The LLM is never trained. Asker and Truster are smaller and learn by QLoRA from its answers.
 Part 1 is the method and can be read alone. Part 2 reads answers. Part 3 has files and flags.
 Part 4 asks models, part 5 trains them.
 """
@@ -40,22 +40,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 
-# ==================================================
-# Part 1. The method
+# ===== Part 1. The method =====
 #
 # A record is one question: {"id", "question", "answer",
 # "solution": [[sub-question, step], ...]}; StrategyQA has "facts", too.
-# An output is what a model gave for one prompt, also a dict.
+# An output is what a model gave for one prompt, also a dict. A record's
+# "answer" is gold; an output's is what was read from its "text", or None.
 # `args` are the flags (part 3). `llm`, `asker` and `truster` are Models
 # (part 4) with three verbs, which take lists and return lists:
 #
-#     generate   {"text", "finished", "tokens", "logprob", ...}
+#     generate   [{"text", "finished", "tokens", ...}, ...], a list for each prompt
 #     choose     {"p": the probability of the first of two words, ...}
 #     score      {"score": higher means "more likely correct", ...}
 #
 # Each step keeps its prompt, its target (what a model learns to write)
 # and its parser together.
-# ==================================================
 
 # A chat model reads an instruction in place of the prompt's last line
 # ("Answer:"). A base model reads the prompt as it is.
@@ -91,15 +90,13 @@ def question_block(record, facts=False):
     """The beginning of every prompt: the question, and StrategyQA's facts if wanted."""
     lines = [f"Question: {record['question']}"]
     if facts and record.get("facts"):
-        lines.append("Facts:")
-        for fact in record["facts"]:
-            lines.append(f"- {fact}")
-    return "\n".join(lines) + "\n"
+        lines += ["Facts:", *(f"- {fact}" for fact in record["facts"])]
+    return "\n".join([*lines, ""])
 
 
 # --- Step 1, predict. The LLM writes the draft: by chain of thought
-# ("cot") or by sub-questions ("decomp"). Facts are shown when refining
-# (--facts refine), also when drafting (both) or never (none). The Asker
+# ("cot") or by sub-questions ("decomp"). --facts: facts are shown when
+# refining (refine), when drafting, too (both), or never (none). The Asker
 # and the Truster never see them.
 
 
@@ -110,7 +107,7 @@ def predict_prompt(record, strategy="cot", facts=False):
 
 
 def solution_text(solution, answer, strategy="cot"):
-    r"""A good answer: one step a line, then `#### answer`.
+    r"""The gold solution: one step a line, then `#### answer`.
 
     >>> solution_text([["How many are left?", "5 - 2 = 3 are left."]], "3", "decomp")
     'How many are left? 5 - 2 = 3 are left.\n#### 3'
@@ -132,9 +129,9 @@ def predict(llm, args, records, temperature=0.0):
 def sample_answers(llm, args, records, numbers, temperature):
     """For each question a list of answers, one for each sample number.
 
-    A sample depends on the sample seed, the prompt and its number alone.
+    Given model and temperature, seed, prompt and number fix a sample.
     """
-    strategy = llm.strategy or args.strategy
+    strategy = llm.strategy or args.strategy  # adapter "finetuned" has its own
     prompts = []
     for record in records:
         prompt = predict_prompt(record, strategy, facts=args.facts == "both")
@@ -143,7 +140,7 @@ def sample_answers(llm, args, records, numbers, temperature):
 
 
 def write_answers(llm, args, prompts, numbers, temperature):
-    """Let the LLM continue each prompt up to its answer line, and read the answer."""
+    """Let the LLM continue each prompt up to `#### answer`, and read the answer."""
     stop = ANSWER_LINE[answer_kind(args.task)] + r"[^\n]*\n"
     if not llm.chat:  # a base model would go on with a new question
         stop += r"|\n\n|\n(?=Question:)"
@@ -156,7 +153,8 @@ def write_answers(llm, args, prompts, numbers, temperature):
 
 # --- Step 2, ask. The Asker reads the question and the draft. It writes
 # the sub-questions that a correct answer has to settle. Then it decides:
-# does the draft need to be refined?
+# refine? It learned from gold sub-questions, and from samples of the LLM on
+# training questions: "Yes" after an incorrect one, "No" after a correct one.
 
 DECISION = "Refine:"  # the Asker continues this with " Yes" or " No"
 
@@ -172,12 +170,11 @@ def ask_target(subquestions, refine):
     >>> ask_target(["How many are left?"], refine=True)
     'How many are left?\nRefine: Yes'
     """
-    decision = "Yes" if refine else "No"
-    return "\n".join([*subquestions, f"{DECISION} {decision}"])
+    return "\n".join([*subquestions, f"{DECISION} {'Yes' if refine else 'No'}"])
 
 
 MAX_SUBQUESTIONS = 8
-REFINE = r"(?i:refine)[* ]{0,3}:"  # Refine: / **refine**: (the decision follows)
+REFINE = r"(?i:refine)[* ]{0,3}:"  # DECISION as models write it: **refine**:
 LIST_END = rf"{REFINE}|(?i:revised answer)[* ]{{0,3}}:"
 BOLD = r"(?<!\w)\*\*|\*\*(?!\w)"  # not the ** of 2**3
 BULLET = r"^(?:[-*+•>#]{1,6}\s+|\d{1,3}[.)](?!\d)\s*)*"  # "- ", "2) ", "1. ", not "1.5 hours"
@@ -199,16 +196,15 @@ def parse_subquestions(text):
     >>> parse_subquestions("1. How many are left?\n- **Who has them?**\n**Refine: Yes**")
     ['How many are left?', 'Who has them?']
     """
-    subquestions, seen = [], set()
+    subquestions = {}
     for line in re.split(LIST_END, without_thoughts(text))[0].splitlines():
         line = re.sub(BULLET, "", re.sub(BOLD, "", line).strip()).strip(" *")
         key = " ".join(line.casefold().split())
-        if key in seen:
+        if key in subquestions:
             break
         if not re.fullmatch(NO_WORD, line):
-            subquestions.append(line)
-            seen.add(key)
-    return subquestions[:MAX_SUBQUESTIONS]
+            subquestions[key] = line
+    return [*subquestions.values()][:MAX_SUBQUESTIONS]
 
 
 def gold_subquestions(record):
@@ -225,19 +221,16 @@ def write_subquestions(model, args, prompts):
 
 
 def ask(asker, args, records, drafts):
-    """Step 2: sub-questions, and the probability that the draft is wrong (paper, section 3.2).
+    """Step 2: sub-questions, and the probability of an incorrect draft (paper, section 3.2).
 
     The Asker writes the sub-questions first. We then append "Refine:" and compare the probabilities
-    of " Yes" and " No" as the next token. Training weighs incorrect and correct drafts equally;
-    `with_prior` corrects the result for how often drafts are incorrect.
+    of " Yes" and " No" as the next token. Training weighs incorrect and correct drafts equally,
+    as if half were incorrect; `with_prior` puts the real share back.
 
     Returns one dict for each record: {"subquestions": list of str, "p_refine": 0 to 1, ...}.
     """
-    prompts = []
-    for record, draft in zip(records, drafts):
-        prompt = ask_prompt(record, draft["text"])
-        prompts.append(render(asker, args, prompt, "ask"))
-
+    prompts = [render(asker, args, ask_prompt(record, draft["text"]), "ask")
+               for record, draft in zip(records, drafts)]
     asked = write_subquestions(asker, args, prompts)
     # what the Asker has "already written" when it decides
     begun = ["\n".join([*output["subquestions"], DECISION]) for output in asked]
@@ -250,7 +243,7 @@ def ask(asker, args, records, drafts):
 
 
 def with_prior(p, odds):
-    """The probability whose odds are those of `p` times `odds`.
+    """Bayes: `p` holds for 1 to 1, the result for `odds` incorrect drafts to a correct one.
 
     >>> with_prior(0.5, 3)
     0.75
@@ -258,7 +251,8 @@ def with_prior(p, odds):
     return p * odds / (p * odds + 1 - p)
 
 
-# --- Step 3, refine. The LLM answers again, along the sub-questions.
+# --- Step 3, refine. The LLM answers again, along the sub-questions. It
+# sees its draft only with --show-draft yes. Prompts call this "revised".
 
 
 def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
@@ -293,36 +287,34 @@ def refine(llm, args, records, drafts, asked):
 # not depend on their order.
 
 
-def trust_prompt(record, answer):
-    """The text that the Truster scores."""
-    return f"{question_block(record)}Answer:\n{answer}"
+def trust_prompt(record, text):
+    """What the Truster scores: the question and the text of an answer."""
+    return f"{question_block(record)}Answer:\n{text}"
 
 
 def trust(truster, args, records, answers):
     """Step 4: the Truster's score for each answer, {"score", ...} (paper, section 3.4)."""
-    prompts = []
-    for record, answer in zip(records, answers):
-        prompts.append(trust_prompt(record, answer["text"]))
-    return truster.score(prompts)
+    pairs = zip(records, answers)
+    return truster.score([trust_prompt(record, answer["text"]) for record, answer in pairs])
 
 
 # --- The loop
 
 
 def is_readable(output):
-    """Did the model finish the answer, and can the answer be read?"""
+    """Was it finished (not cut off), and is there an answer in it?"""
     return output["finished"] and output["answer"] is not None
 
 
 def better_answer(draft, refined, draft_score, refined_score):
-    """The answer with the higher score; one that was cut off loses to a finished one."""
+    """The draft, unless the other scores higher; a readable one beats an unreadable one."""
     if is_readable(draft) != is_readable(refined):
         return draft if is_readable(draft) else refined
     return refined if refined_score > draft_score else draft
 
 
 def ask_refine_trust(llm, asker, truster, args, record, threshold):
-    """The paper's loop for one question; evaluate.py runs the same steps on many questions.
+    """The paper's loop for one question; evaluate.py does the same for many, and sets `threshold`.
 
     Returns {"draft", "asked", "final"}, and where the draft was refined "refined" and "scores".
     """
@@ -338,12 +330,10 @@ def ask_refine_trust(llm, asker, truster, args, record, threshold):
     return result
 
 
-# ==================================================
-# Part 2. Reading answers
+# ===== Part 2. Reading answers =====
 #
 # What cannot be read is None, which is never correct. Words are never
 # guessed: "No one knows" is not a "no", and "A cat" is not choice A.
-# ==================================================
 
 # What may be before an answer: blanks, ** $ ( - and LaTeX such as \boxed{\text{
 GAP = r"[^\w\n#]{0,10}(?:\\[a-zA-Z]{1,9}[^\w\n#]{1,5}){0,2}"
@@ -376,10 +366,11 @@ NO_WORDS = (
     r"|\\(?!text|math)[a-zA-Z]*(?![a-zA-Z])|(?<=[0-9])[eE](?=[-+]?[0-9])"
     rf"|(?<![a-zA-Z])(?:{UNIT}|x(?= ?[0-9]))(?![a-zA-Z]))*(?![^\n])"
 )
-# The answer line: `#### 18`, `#### **$18**.`, `#### yes`. A line with words, as `#### 3 eggs for
-# breakfast`, may be a heading, so it does not match. Generation stops after a line that matches.
+# The answer line: `#### 18`, `#### **$18**.`, `#### yes`. Generation stops after it. A line with
+# words, as `#### 3 eggs for breakfast`, may be a heading, so generation goes on.
 ANSWER_LINE = {kind: f"####{GAP}{first}{NO_WORDS}" for kind, first in FIRST.items()}
-# A line with words is an answer line only if nothing follows it, or only the next question.
+# When a finished text is read, a line with words counts, too, if it is the last (before a next
+# question): then it is no heading. This is what may follow the answer in it.
 LAST_LINE = r"(?:(?!####)[^\n])*(?![^\n])(?=[\W_]*(?:\Z|Question:))"
 
 # "the answer is", **Answer:**, answer =
@@ -406,7 +397,7 @@ RATIONAL = (
 NUMBER = re.compile(rf"(?<![0-9]){RATIONAL}(?:[eE](?P<power>[-+]?[0-9]+))?")
 # Arithmetic goes on after a number: 18 + 2, 2(3 + 4), 2^3
 OPERATION = re.compile(r"[(^]| ?[-+*÷] ?\(?-?[0-9]")
-# The arithmetic that opens a line: `9 * 2 = 18` of `9 * 2 = 18 eggs (3 = 2 + 1)`
+# The numbers and signs that open a line: `9 * 2 = 18` of `9 * 2 = 18 eggs (3 = 2 + 1)`
 EQUATION = re.compile(r"\W*(?:[^A-Za-z(]|(?<=[0-9])[eE](?=[-+]?[0-9])|(?<![0-9.,] )\()*")
 
 # How a gold answer has to look: a number of up to 50 characters that is not divided by 0
@@ -446,7 +437,6 @@ REWRITES = [  # LaTeX and Unicode -> plain text, in this order
         lambda found: SCALE[found[1].lower()],
     ),
 ]
-REWRITES = [(re.compile(old), new) for old, new in REWRITES]
 
 
 def plain(text):
@@ -456,7 +446,7 @@ def plain(text):
     '9,500 or 3 1/2e6'
     """
     for old, new in REWRITES:
-        text = old.sub(new, text)
+        text = re.sub(old, new, text)
     return text
 
 
@@ -480,7 +470,7 @@ def canonical(found):
 
 
 def solve(equation):
-    """The number that an equation states, on either side.
+    """The number alone on one side of an equation, the right one first; or just a number.
 
     >>> solve("9 * 2 = 18"), solve("20 = 18 + 2"), solve("- 5")
     ('18', '20', '-5')
@@ -502,16 +492,9 @@ def without_thoughts(text):
     >>> without_thoughts("<think>7? No.</think>5"), without_thoughts("7? No.</think>5")
     ('5', '5')
     """
-    kept, start, thinking = [], 0, False
-    for tag in re.finditer(r"(?i)<(/?)(?:think|thinking|thought|reasoning)\b[^<>]*>", text):
-        if tag[1] and not thinking:
-            kept = []  # the prompt opened this thought
-        elif not tag[1] and not thinking:
-            kept.append(text[start : tag.start()])
-        start, thinking = tag.end(), not tag[1]
-    if not thinking:
-        kept.append(text[start:])
-    return "".join(kept)
+    tag = r"(?:think|thinking|thought|reasoning)\b[^<>]*>"
+    text = re.sub(rf"(?is)<{tag}.*?(?:</{tag}|\Z)", "", text)
+    return re.sub(rf"(?is)\A.*</{tag}", "", text)  # the prompt opened this thought
 
 
 def up_to(stop, text):
@@ -523,19 +506,15 @@ def up_to(stop, text):
 def extract_answer(task, text):
     r"""The answer in a text in canonical form, or None.
 
-    The first of these counts: the first answer line, the last \boxed{}, the last "the answer is",
-    the last number. The last resort for yes/no and choices is a text that opens with the answer.
+    From the first of these that is there: the first answer line, the last \boxed{}, the last "the
+    answer is"; for numbers the last number, for the others the answer that opens the text.
 
     >>> extract_answer("gsm8k", "So 9 * 2 = 18.\n#### **$1,018.00**\n")
     '1018'
     >>> extract_answer("strategyqa", "No, it sinks."), extract_answer("strategyqa", "No one knows.")
     ('no', None)
     """
-    return read_answer(answer_kind(task), text)
-
-
-def read_answer(kind, text):
-    """The same for a kind of answer: "number", "yes/no" or "choice"."""
+    kind = answer_kind(task)
     text = without_thoughts(text).strip()
     line = re.search(f"####({GAP}{FIRST[kind]}(?:{NO_WORDS}|{LAST_LINE}))", text)
     boxes = re.findall(BOX, text)
@@ -586,9 +565,7 @@ def is_correct(task, text, gold):
     return answer is not None and answer == extract_answer(task, f"#### {gold}")
 
 
-# ==================================================
-# Part 3. Files and flags
-# ==================================================
+# ===== Part 3. Files and flags =====
 
 # The kind of answer, and the script that makes the data. Other tasks are
 # folders of data/ with a task.json that holds the same.
@@ -647,8 +624,7 @@ def read_json(path):
 def write(path, content):
     """Write a text, a list of records or a dictionary, completely or not at all."""
     if isinstance(content, list):
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in content]
-        content = "".join(lines)
+        content = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in content)
     elif isinstance(content, dict):
         content = json.dumps(content, indent=1) + "\n"
     part = Path(f"{path}.{os.getpid()}.part")  # two processes may write the same file
@@ -674,10 +650,15 @@ def fault_of(record, kind):
     if not isinstance(answer, str) or not re.fullmatch(GOLD[kind], answer):
         return f"the answer {answer!r} is not a {kind}"
     solution = record.get("solution", [])
-    if not isinstance(solution, list) or not all(texts(step) and len(step) == 2
-                                                 for step in solution):
+    if not isinstance(solution, list) or not all(texts(one) and len(one) == 2 for one in solution):
         return '"solution" is not a list of [sub-question, step] pairs'
     return None if texts(record.get("facts", [])) else '"facts" is not a list of texts'
+
+
+def faults_of(where, found, hint=""):
+    """The error for many faults at once."""
+    more = f" ... and {len(found) - 20} more" if len(found) > 20 else ""
+    return UserError(f"{where}: {'; '.join(found[:20])}{more}{hint}")
 
 
 def load_split(args, split):
@@ -698,10 +679,10 @@ def load_split(args, split):
                 faults.append(f"{path}, line {number}: {fault}")
             ids.add(str(record.get("id")))
         kept = records if name == split else kept
-    if faults or not kept:
-        more = f" ... and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise UserError(f"fix or delete these records: {'; '.join(faults[:20])}{more}" if faults
-                        else f"there are no questions in {split}: {fix}")
+    if faults:
+        raise faults_of("fix or delete these records", faults)
+    if not kept:
+        raise UserError(f"there are no questions in {split}: {fix}")
     limits = [args.limit, args.limit_train if split == "train" else None]
     return kept[: min(filter(None, limits), default=None)]
 
@@ -726,10 +707,10 @@ def distinct_samples(lines, record):
 
 def too_few(args, lines, what):
     """The error for samples that nothing can be learned from: cause and command."""
+    fix = f"run python data/sample.py --task {args.task} --preset {args.preset} --k 8"
     if not any(one["finished"] for line in lines.values() for one in line["samples"]):
-        return UserError(f"{what}, since all were cut off: raise --max-new-tokens")
-    return UserError(f"{what}: run python data/sample.py --task {args.task} --preset {args.preset} "
-                     "--k 8, or take another LLM (--model)")
+        fix = "all were cut off: raise --max-new-tokens"
+    return UserError(f"{what}: {fix}, or take another LLM (--model)")
 
 
 def load_columns(folder, file="records.jsonl"):
@@ -773,11 +754,11 @@ def code_hash(*sources):
     >>> code_hash("x = 1") == code_hash("x = 1  # one"), code_hash("x = 1") == code_hash("x = 2")
     (True, False)
     """
-    trees = [ast.parse(source) for source in sources]
-    for node in (node for tree in trees for node in ast.walk(tree)):
+    tree = ast.parse("\n".join(sources))
+    for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = ""  # a docstring
-    return short_hash([ast.unparse(tree) for tree in trees])
+    return short_hash([ast.unparse(tree)])
 
 
 def question_hash(record):
@@ -848,47 +829,48 @@ def make_parser(doc, script):
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    count = functools.partial(add, type=COUNT, metavar="N")
     add("--task", default="toy", help="a folder of data/ (default toy: nothing to download)")
-    add("--preset", choices=PRESETS, help="models and sizes (default small; all others need a GPU)")
-    add("--limit", type=COUNT, metavar="N", help="only the first N questions of each split")
-    add("--limit-train", type=COUNT, metavar="N", help="only the first N training questions")
+    add("--preset", choices=PRESETS, help="models and sizes (default small; t4 and larger need a GPU)")
+    count("--limit", help="only the first N questions of each split")
+    count("--limit-train", help="only the first N training questions")
     add("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="folder of all runs")
     add("--data", type=Path, default=ROOT / "data", metavar="DIR", help="folder of the tasks")
     if script != "sample":  # the runs of a task share their samples
         add("--run", default="default", metavar="NAME", help="results go to runs/TASK/NAME")
         add("--seed", type=int, default=0, help="seed of the training (default 0)")
     if script not in ("asker", "truster"):
-        add_llm_flags(add)
+        add_llm_flags(add, count)
         return parser
     add(f"--{script}-model", metavar="MODEL", help="base model: a folder or Hub id (by preset)")
     add("--overwrite", action="store_true", help="delete this run's adapter and train again")
     add("--adapter-bits", type=int, choices=(4, 16, 32),
         help="bits of the frozen weights (default 4 on a GPU, 32 on a CPU, 4 for the toy)")
     add("--lr", type=NUMBER_FLAG, help="peak learning rate (default 2e-4, as QLoRA; toy: 2e-3)")
-    add("--rank", type=COUNT, default=16, help="rank of LoRA; alpha is twice that (default 16)")
+    count("--rank", default=16, help="rank of LoRA; alpha is twice that (default 16)")
     add("--epochs", type=NUMBER_FLAG, help="passes over the examples (default 1)")
-    add(f"--{script}-batch", type=COUNT, metavar="N", help="examples of a step (by preset)")
-    add(f"--{script}-at-once", type=COUNT, metavar="N",
-        help="examples in memory at a time (by preset); the steps stay the same")
-    add("--max-length", type=COUNT, metavar="N", help="longest example in tokens (by preset)")
-    add("--save-steps", type=COUNT, default=25, metavar="N", help="steps between checkpoints (25)")
+    count(f"--{script}-batch", help="examples of a step (by preset)")
+    count(f"--{script}-at-once",
+          help="examples in memory at a time (by preset); the steps stay the same")
+    count("--max-length", help="longest example in tokens (by preset)")
+    count("--save-steps", default=25, help="steps between checkpoints (25)")
     add("--report-to", choices=("trackio", "wandb"), help="also send the loss to this tracker")
     return parser
 
 
-def add_llm_flags(add):
+def add_llm_flags(add, count):
     """Which LLM is asked, and how."""
     add("--model", help="the LLM: a folder or Hub id, or its name on the server")
     add("--base-url", metavar="URL", help="a server with OpenAI's API; key in OPENAI_API_KEY")
-    add("--concurrency", type=COUNT, default=8, metavar="N", help="requests at a time (default 8)")
+    count("--concurrency", default=8, help="requests at a time (default 8)")
     add("--bits", type=int, choices=(4, 16, 32), help="bits of the LLM's weights (by its size)")
     add("--kv-gib", type=NUMBER_FLAG, metavar="GIB",
         help="memory for keys and values (default: a quarter of the free GPU memory)")
-    add("--max-new-tokens", type=COUNT, metavar="N", help="longest answer (default 512; toy: 128)")
+    count("--max-new-tokens", help="longest answer (default 512; toy: 128)")
     add("--strategy", choices=("cot", "decomp"), help="how to draft (default cot)")
     add("--facts", choices=("refine", "both", "none"), help="when facts are shown (default refine)")
     add("--show-draft", choices=("yes", "no"), help="show the draft when refining (default no)")
-    add("--k", type=COUNT, help="samples of a question (by preset)")
+    count("--k", help="samples of a question (by preset)")
     add("--temperature", type=NUMBER_FLAG, metavar="T", help="of the samples (default 0.7)")
     add("--draft-temperature", type=NUMBER_FLAG, metavar="T", help="(default 0: greedy; toy: 0.7)")
     add("--refine-temperature", type=NUMBER_FLAG, metavar="T", help="(default 0: greedy)")
@@ -960,12 +942,10 @@ def explain(error):
     return ""
 
 
-# ==================================================
-# Part 4. Models
+# ===== Part 4. Models =====
 #
 # Slow libraries are imported where they are used, so that --help answers
 # at once.
-# ==================================================
 
 
 class Model:
@@ -1233,12 +1213,9 @@ class Local(Model):
             for value in vars(layer).values():
                 parts = value.values() if isinstance(value, dict) else [value]
                 size += sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
-        gib = self.args.kv_gib
-        if not gib:
-            share = 8 if self.adapter else 4  # an adapter needs memory of its own
-            free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 2
-            gib = free / share
-        return int(gib * 2**30 / size * 256)
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 2**31
+        share = free / (8 if self.adapter else 4)  # an adapter needs memory of its own
+        return int(((self.args.kv_gib or 0) * 2**30 or share) / size * 256)
 
     def compute(self, missing, settings):
         """Yield {key: output}, batch by batch, the longest prompts first.
@@ -1364,21 +1341,19 @@ class Local(Model):
 
     def decide(self, rows, settings):
         """The probability of the first of two words, from the model's own logits."""
-        spelled = [token_ids(self.tokenizer, DECISION + word, special=False)
-                   for word in settings["options"]]
-        before = token_ids(self.tokenizer, DECISION, special=False)
-        if not spelled[0][:-1] == spelled[1][:-1] == before or spelled[0] == spelled[1]:
+        before, first, second = (token_ids(self.tokenizer, DECISION + word, special=False)
+                                 for word in ("", *settings["options"]))
+        if not first[:-1] == second[:-1] == before or first == second:
             raise UserError(f"the tokenizer of {self.name} does not give Yes and No after "
                             f"{DECISION} one token each: take another model")
         out = self.model(**self.pad(rows), logits_to_keep=1, use_cache=False)
-        logits = out.logits[:, -1, [spelled[0][-1], spelled[1][-1]]].double()
+        logits = out.logits[:, -1, [first[-1], second[-1]]].double()
         return [{"p": p} for p in logits.softmax(-1)[:, 0].tolist()]
 
     def rate(self, rows, settings):
         """The score of each text."""
-        inputs = self.pad(rows)
-        scores = score_batch(self.model, inputs["input_ids"], inputs["attention_mask"])
-        return [{"score": score} for score in scores.tolist()]
+        ids, mask, _ = self.pad(rows).values()
+        return [{"score": score} for score in score_batch(self.model, ids, mask).tolist()]
 
 
 class Refused(Exception):
@@ -1398,7 +1373,7 @@ class Server(Model):
     def __init__(self, args):
         import openai
         super().__init__(args, {"server": args.base_url, "model": args.model}, chat=True)
-        self.openai, self.failures, self.told = openai, 0, False
+        self.failures, self.told = 0, False
         self.api_key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
         self.client = openai.OpenAI(
             base_url=args.base_url, api_key=self.api_key, max_retries=5, timeout=300)
@@ -1446,8 +1421,8 @@ class Server(Model):
 
     def attempt(self, question, settings):
         """The output for one question, or one that has "failed"."""
+        import openai as errors
         work = self.write if settings["kind"] == "generate" else self.decide
-        errors = self.openai
         try:
             return work(*question, settings)
         except (errors.OpenAIError, ValueError, TypeError, AttributeError) as error:  # unusable
@@ -1467,9 +1442,9 @@ class Server(Model):
 
     def request(self, turns, send):
         """(text without thoughts, is it complete, its tokens' log-probabilities, usage)."""
-        messages = [{"role": role, "content": text} for role, text in turns]
         reply = self.client.chat.completions.create(
-            model=self.args.model, messages=messages, **send)
+            model=self.args.model, **send,
+            messages=[{"role": role, "content": text} for role, text in turns])
         [choice, *_] = getattr(reply, "choices", None) or [None]
         text = choice and choice.message and choice.message.content or ""
         if isinstance(text, list):  # some servers send parts
@@ -1562,9 +1537,7 @@ def open_model(args, name):
     return model
 
 
-# ==================================================
-# Part 5. QLoRA: a small adapter is trained beside a frozen model
-# ==================================================
+# ===== Part 5. QLoRA: a small adapter is trained beside a frozen model =====
 
 
 def add_lora(model, task_type, rank, start=None):
@@ -1623,6 +1596,7 @@ def fine_tune(model, examples, collate, loss, args, folder, batch, at_once, epoc
     curve, began = saved["curve"], time.time() - saved["seconds"]
     sums, seen = collections.Counter(saved["sums"]), saved["seen"]  # since the last line
     for step in range(saved["step"], steps):
+        done = step + 1
         number, place = divmod(step, steps_a_pass)
         order = random.Random(f"{args.seed} {number}").sample(examples, len(examples))
         chosen = order[place * batch: (place + 1) * batch]
@@ -1636,19 +1610,18 @@ def fine_tune(model, examples, collate, loss, args, folder, batch, at_once, epoc
             sums.update({name: part.item() for name, part in parts.items()})
         seen += len(chosen)
         if not all(map(math.isfinite, sums.values())):
-            raise UserError(f"the loss is not finite at step {step + 1}: lower --lr, or give "
+            raise UserError(f"the loss is not finite at step {done}: lower --lr, or give "
                             "--adapter-bits 32")
 
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        warm_up = (step + 1) / (0.05 * steps)
+        warm_up = done / (0.05 * steps)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = args.lr * min(warm_up, cosine)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        done = step + 1
         if done % 10 == 0 or done == steps:
             means = {name: round(value / seen, 4) for name, value in sums.items() if value}
             curve.append({"step": done, **means})
@@ -1701,8 +1674,7 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
     print(f"{len(short):,} of {len(examples):,} examples have at most {args.max_length} tokens")
     if not short:
         raise UserError("no example is short enough: raise --max-length")
-    hashes = [question_hash(record) + "\n" for record in records]
-    write(folder / "questions.txt", "".join(hashes))
+    write(folder / "questions.txt", "\n".join(map(question_hash, records)))
     about = {**now, "model": base, **provenance(), "finished": False}
     write(folder / "args.json", about)
     torch.manual_seed(args.seed)  # the Truster's head and the adapter begin with random weights

@@ -6,15 +6,14 @@
     python evaluate.py --compare default seed1       # row art of two runs, question by question
     python evaluate.py --compare default --row art --against majority     # two rows of one run
 
-A STAGE is a step asked about all dev and test questions. A ROW is a rule that takes, for each
-question, the draft or another answer; it asks no model. Thresholds and weights are set on dev.
+A STAGE is a step done for all dev and test questions. A ROW is a rule over them: its GATE says
+which drafts to refine, its CHOOSER which answer to take; it asks no model. Both are tuned on dev.
 Writes results.json, table.md, records.jsonl (test) and dev.jsonl to runs/TASK/RUN.
 """
 
 import collections
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +30,9 @@ def draft(llm, args, records):
 
 
 def second_sample(llm, args, records):
-    """A blind second try: the draft's prompt, at the temperature of the refined answers or 0.7."""
+    """The draft's prompt once more, no sub-questions, at --refine-temperature, or 0.7 for 0."""
     temperature = args.refine_temperature or 0.7
-    drawn = art.sample_answers(llm, args, records, [1], temperature)  # 0 may be the draft
+    drawn = art.sample_answers(llm, args, records, [1], temperature)  # sample 0 may be the draft
     return [output for [output] in drawn]
 
 
@@ -44,7 +43,7 @@ def refine_gold(llm, args, records, drafts):
 
 
 def logprob_gate(_, args, records, drafts):
-    """How improbable the draft was: s = -log p as p_refine = s / (1 + s). No model is asked."""
+    """Improbable drafts first: -log p of the whole text, squeezed to 0..1. No model is asked."""
     surprises = [-(output["logprob"] or 0.0) for output in drafts]
     return [{"p_refine": s / (1 + s), "failed": ""} for s in surprises]
 
@@ -83,7 +82,7 @@ def vote(_, args, records, drawn, scored=None, key=lambda sample: sample["answer
 @dataclass
 class Stage:
     model: str | None  # "llm" or the name of an adapter; None: no model is asked
-    step: Callable
+    step: object  # a function
     reads: tuple = ()  # other stages
 
 
@@ -113,27 +112,27 @@ STAGES = {  # in this order, so that models are seldom loaded again
 
 @dataclass
 class Row:
-    """Where the gate is at or above the threshold, the chooser picks one of the two answers."""
+    """Gate below the threshold: the draft. Else the chooser takes the draft or the other answer."""
 
-    gate: str = "always"  # a stage with p_refine, "word", "random", "never" or "oracle"
+    gate: str = "always"  # or "never", "word", "random", "oracle", or a stage with p_refine
     answer: str = "refined"  # the stage of the answer that may replace the draft
-    chooser: str | None = None  # "truster", "logprob", "both", "oracle"; None: no choice
-    threshold: float | None = None  # None: set on dev
+    chooser: str | None = None  # "truster", "logprob", "both", "oracle"; None: takes the other
+    threshold: float | None = None  # of a stage; None: set on dev
 
 
 ROWS = {
     "draft": Row(gate="never", answer="draft"),
-    "self_refine": Row(gate="ask_self", answer="refined_self"),
-    "refine_always": Row(),
-    "asker": Row(gate="ask"),
+    "self_refine": Row(gate="ask_self", answer="refined_self"),  # the LLM is its own Asker
+    "refine_always": Row(),  # along the Asker's sub-questions
+    "asker": Row(gate="ask"),  # ART without a Truster
     "art": Row(gate="ask", chooser="truster"),  # the paper's loop
     "art_both": Row(gate="ask", chooser="both"),
-    # art_both with a blind second try in place of the refined answer: does asking help?
+    # art_both, but a second sample of the draft's prompt for the refined answer: does asking help?
     "second_sample": Row(gate="ask", answer="second", chooser="both"),
     "always_truster": Row(chooser="truster"),
     "always_logprob": Row(chooser="logprob"),
     "logprob_gate": Row(gate="logprob"),
-    "word_gate": Row(gate="word"),  # is one word in the question?
+    "word_gate": Row(gate="word"),  # one word, found on dev, decides: can it replace the Asker?
     "random_gate": Row(gate="random"),  # refines as many as asker: the mean over all such gates
     "oracle_choice": Row(chooser="oracle"),  # oracle: looks at gold, an upper bound
 }
@@ -144,7 +143,7 @@ ROWS |= {
     "oracle_gate": Row(gate="oracle"),
     "asker_oracle": Row(gate="ask", chooser="oracle"),  # at the threshold of art
     "gold_questions": Row(answer="refined_gold"),  # looks at gold, too
-    "finetuned": Row(answer="finetuned"),  # the Asker's base alone, after stage 1
+    "finetuned": Row(answer="finetuned"),  # the Asker's base answers, after task training
     "majority": Row(answer="majority"),
     "weighted_vote": Row(answer="weighted_vote"),
     "best_of_k": Row(answer="best_of_k"),
@@ -178,7 +177,7 @@ Z = 1.959964  # for 95%
 
 
 def wilson(correct, n):
-    """95% interval of a share (Wilson, 1927). `correct` may be an expected number.
+    """95% confidence interval of a share (Wilson, 1927). `correct` may be an expected number.
 
     >>> [round(bound, 4) for bound in wilson(81, 263)]
     [0.2553, 0.3662]
@@ -189,17 +188,17 @@ def wilson(correct, n):
 
 
 def mcnemar(won, lost):
-    """Exact two-sided p of McNemar's test: where is one row correct and the other not?"""
+    """Exact McNemar: how often do fair coins split won + lost at least as unevenly?"""
     n, least = won + lost, min(won, lost)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)
 
 
-def compare(row, other):
+def compare(new, old):
     """Two rows on the same questions: {"delta", "ci95", "p", "won", "lost", "n"}.
 
     ci95: the adjusted Wald interval for paired shares (Bonett and Price, 2012).
     """
-    change = np.asarray(row, int) - np.asarray(other, int)
+    change = np.asarray(new, int) - np.asarray(old, int)
     won, lost, n = int((change > 0).sum()), int((change < 0).sum()), len(change)
     a, b = (won + 1) / (n + 2), (lost + 1) / (n + 2)
     half = Z * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
@@ -229,7 +228,7 @@ def logistic_weights(x, y):
     for _ in range(50):  # Newton's method; the problem is convex
         p = 1 / (1 + np.exp(-x @ weights))
         curvature = (x.T * (p * (1 - p))) @ x + np.eye(len(weights))
-        weights = weights - np.linalg.solve(curvature, x.T @ (p - y) + weights)
+        weights -= np.linalg.solve(curvature, x.T @ (p - y) + weights)
     return weights
 
 
@@ -286,7 +285,7 @@ class Outputs:
             return np.zeros(len(self.records)) + fixed[row.gate]
         if row.gate != "word":
             return self.column(row.gate, "p_refine")
-        # 1 if one word is in the question, or unless it is: the word with the largest gain on dev
+        # refine if (or unless) one word is in the question: the word with the largest gain on dev
         bags = [set(re.findall(r"\w+", record["question"].casefold())) for record in self.records]
         words = sorted(set().union(*bags[self.dev]))
         has = np.array([[word in bag for word in words] for bag in bags])
@@ -310,8 +309,8 @@ class Outputs:
     def both(self, answer):
         """The margins of Truster and log-probability, weighed on dev.
 
-        Each is divided by its standard deviation. The weights are fitted where the other answer
-        changed the verdict. Where a server gives no log-probabilities: the Truster's margin.
+        Each is divided by its standard deviation. The weights are fitted where just one of the two
+        answers is correct. Where a server gives no log-probabilities: the Truster's margin.
         """
         truster, logprob = (self.margin(answer, chooser) for chooser in ("truster", "logprob"))
         if np.isnan(logprob).all():
@@ -334,7 +333,7 @@ class Outputs:
     def decide(self, row):
         """(refine, take, threshold): two arrays of bool, and the threshold on p_refine."""
         p, threshold = self.gate(row), row.threshold
-        if row.gate in STAGES and threshold is None:  # gold may choose; the threshold is art's
+        if row.gate in STAGES and threshold is None:  # an oracle has art's threshold
             gain = self.gain(row, "truster" if row.chooser == "oracle" else row.chooser)
             threshold = best_threshold(p[self.dev], gain[self.dev])
         refine = p >= threshold if row.gate in STAGES else p > 0
@@ -351,7 +350,7 @@ def make_row(outputs, row):
     else:
         gates = outputs.of.get(row.gate, [{"failed": ""}] * len(drafts))
         correct = np.where(take, other, drafts) & [not gate["failed"] for gate in gates]
-    # every question pays for the steps up to the decision, the refined ones for the others, too
+    # tokens: all questions pay for draft and gate, the refined ones for the other stages, too
     stages = stages_of(row)
     before = stages & with_reads({"draft", row.gate})
     tokens = outputs.tokens(before) + refine * outputs.tokens(stages - before)
@@ -374,12 +373,12 @@ def make_row(outputs, row):
 def aucs(outputs):
     """On test, the AUC of each gate (which drafts are incorrect?) and of each chooser.
 
-    A chooser has to tell, where the refined answer changed the verdict, which answer is correct.
+    A chooser has to tell, where just one of draft and refined answer is correct, which one.
     """
     test, drafts, found = outputs.test, outputs.correct["draft"], {}
     for stage in sorted(outputs.of.keys() & {"ask", "ask_self", "logprob"}):
         p = outputs.column(stage, "p_refine")[test]
-        found[f"gate {stage}"] = art.auc(p[p >= 0], ~drafts[test][p >= 0])  # nan: unread
+        found[f"gate {stage}"] = art.auc(p[p >= 0], ~drafts[test][p >= 0])  # nan: failed
     if "score_refined" in outputs.of:
         refined = outputs.correct["refined"][test]
         changed = refined != drafts[test]
@@ -426,7 +425,7 @@ def table(results):
 
 
 def as_records(outputs, part, correct):
-    """The records of dev or test with the outputs of every stage and what is correct."""
+    """{**record, stage: its output, ..., "correct": {row: bool}} for each record of dev or test."""
     records = []
     for number, record in enumerate(outputs.records[part]):
         stages = {name: made[part][number] for name, made in outputs.of.items()}
