@@ -132,7 +132,8 @@ def ask(model, prompt, adapter=True):
     """A full batch of Local: read prompts, write the last token of an answer, decide; or score."""
     local = object.__new__(art.Local)
     local.args, local.tokenizer = SimpleNamespace(kv_gib=None), SimpleNamespace(pad_token_id=0)
-    local.base, kind = model, "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    local.adapter, local.base = adapter, model
+    kind = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
     local.model = art.add_lora(model, kind, 16) if adapter else model
     texts = [{"prompt": [0] * (prompt + CAP)}] * (16_384 // (prompt + CAP))
     if kind == "SEQ_CLS":
