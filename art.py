@@ -794,9 +794,10 @@ DEFAULTS = {
     "asker_batch": 32, "asker_at_once": 4, "truster_batch": 16, "truster_at_once": 1,
     "task_epochs": 2, "epochs": 1, "lr": 2e-4, "max_length": 1024}
 PRESETS = {
-    "toy": {"model": TOY, "asker_model": TOY, "truster_model": TOY, "adapter_bits": 4,
-            "draft_temperature": 0.7, "max_new_tokens": 128, "max_length": 512, "lr": 2e-3,
-            "asker_at_once": 32, "truster_batch": 8, "truster_at_once": 8, "task_epochs": 1},
+    "toy": {"model": TOY, "asker_model": f"{TOY}_asker", "truster_model": f"{TOY}_asker",
+            "adapter_bits": 4, "draft_temperature": 0.7, "refine_temperature": 0.7,
+            "max_new_tokens": 128, "max_length": 512, "lr": 2e-3, "asker_at_once": 32,
+            "truster_at_once": 16, "task_epochs": 1},
     "small": {"model": SMALL, "asker_model": SMALL, "truster_model": SMALL, "k": 3},
     "t4": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",
            "truster_model": "Qwen/Qwen2.5-1.5B", "limit_train": 2000},
@@ -873,7 +874,7 @@ def add_llm_flags(add, count):
     count("--k", help="samples of a question (by preset)")
     add("--temperature", type=NUMBER_FLAG, metavar="T", help="of the samples (default 0.7)")
     add("--draft-temperature", type=NUMBER_FLAG, metavar="T", help="(default 0: greedy; toy: 0.7)")
-    add("--refine-temperature", type=NUMBER_FLAG, metavar="T", help="(default 0: greedy)")
+    add("--refine-temperature", type=NUMBER_FLAG, metavar="T", help="(the same)")
     add("--sample-seed", type=int, metavar="SEED", help="seed of all sampling (default 0)")
 
 

@@ -1,18 +1,16 @@
-"""The toy task: word problems in the GSM8K shape, made from a seed. Nothing is downloaded.
+"""The toy task: word problems in the shape of GSM8K, made from a seed. Nothing is downloaded.
 
-    python data/toy/prepare.py                  # train.jsonl, dev.jsonl, test.jsonl beside this file
-    python data/toy/prepare.py --test 200       # fewer of test; another --test-seed draws others
+    python data/toy/prepare.py               # train.jsonl, dev.jsonl, test.jsonl beside this file
+    python data/toy/prepare.py --test 200    # fewer test questions; --test-seed draws others
+    python data/toy/prepare.py --student 17  # train and test of one's own, for coursework
 
-Every text sets one trap, which is its kind. Who falls into it reads one sentence wrong, and the answer is wrong:
+Every question has one trap, its kind. A writer who falls into it misreads one sentence:
 
-    sign        "Ben picked 4 fewer than Ann" is read as 4 more
-    number      "Ben picked 3 more than Ann" is read as 8 more: 3 and 8, and 5 and 6, look alike
-    person      "Cleo picked 4 more than Ann" is read as 4 more than Ben, who was named last
-    slip        a sum that passes a ten: 28 + 4 = 22, the carry is forgotten
+    sign      "Ben has 14 fewer than Ann" is read as 14 more
+    number    "Ben has 13 more than Ann" is read as 18 more: 13 and 18, or 25 and 26, look alike
 
-In a quarter of the texts "another 7 pens lay in a basket", which nobody asked about; some add them at the end.
-The text shows the trap, but not who falls into it. So no text says whether a draft is right: one has to read the draft.
-`solve` gives what follows from a text, read right or trapped. pretrain.py uses both, this file the right one alone.
+The question does not say who falls into its trap: one has to read the answer. The data have
+correct solutions only; pretrain.py also writes incorrect ones.
 """
 
 import argparse
@@ -26,98 +24,89 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import art
 
-NAMES = "Ann Ben Cleo Dan".split()
+NAMES = ["Ann", "Ben", "Cleo", "Dan"]
 ITEMS = "apples pens books shells cards stamps coins roses kites cups hats nuts".split()
-VERBS = [("pick", "picked"), ("buy", "bought"), ("find", "found"), ("make", "made"), ("sell", "sold")]
-KINDS = ("sign", "number", "person", "slip")
-# name: questions, seed; that of test was drawn at random after the base model was frozen
-SPLITS = {"train": (1500, 0), "dev": (300, 0), "test": (1000, 47969)}
-MISREAD = {"fewer": "more", 3: 8, 8: 3, 5: 6, 6: 5}
-PLAIN = [2, 4, 7, 9]  # numbers that nobody misreads
+KINDS = ["sign", "number"]
+LOOK_ALIKE = {13: 18, 18: 13, 25: 26, 26: 25}
+PLAIN = [12, 14, 17, 21, 24, 27, 29]  # numbers that nobody misreads
+# name: (questions, seed); the seed of test was drawn after the base models were frozen
+SPLITS = {"train": (1500, 0), "dev": (300, 0), "test": (1000, 32436)}
 
 
 @dataclass
 class Problem:
-    """Somebody's number, a relation for each of two further people, and a question about the last or the last two."""
+    """What the first person has, how the next ones compare, and who is asked for."""
 
     kind: str  # of KINDS
     item: str
-    verb: tuple[str, str]
     people: list[str]
-    given: int
-    relations: list[list]  # ["more" or "fewer", by how many, index into people of whom it is than]
-    place: int  # index into relations of the one that the trap is in
-    together: bool
-    basket: int | None  # what lies in it
+    given: int  # what the first person has
+    relations: list[list]  # ["more" or "fewer", by how many] than the person before
+    place: int  # index of the relation that has the trap
+    together: bool  # the last two people are asked for, not the last one alone
 
     def text(self):
-        """The question as the reader sees it."""
-        base, past = self.verb
-        lines = [f"{self.people[0]} {past} {self.given} {self.item}."]
-        for index, (word, number, other) in enumerate(self.relations):
-            lines.append(f"{self.people[index + 1]} {past} {number} {word} than {self.people[other]}.")
-        if self.basket:
-            lines.append(f"Another {self.basket} {self.item} lay in a basket.")
-        who = " and ".join(self.people[-2:]) if self.together else self.people[-1]
-        lines.append(f"How many {self.item} did {who} {base}{' together' if self.together else ''}?")
-        return " ".join(lines)
+        """The question."""
+        people = self.people
+        text = f"{people[0]} has {self.given} {self.item}. "
+        for before, who, (word, number) in zip(people, people[1:], self.relations):
+            text += f"{who} has {number} {word} than {before}. "
+        who = f"do {people[-2]} and {people[-1]} have together"
+        return f"{text}How many {self.item} {who if self.together else f'does {people[-1]} have'}?"
 
 
-def solve(problem, trapped=False, basket=False):
-    """[[sub-question, step], ...] and the answer that follow from a reading; `basket`: what lies in it is added."""
-    base, past = problem.verb
-    item, people, counts, solution = problem.item, problem.people, [problem.given], []
+def solve(problem, trapped=False, early=False, slip=False):
+    """([[sub-question, step], ...], answer) of a writer.
 
-    def add(asked, said, left, sign, right, slip=False):
-        counts.append((left + right if sign == "+" else left - right) - (10 if slip else 0))
-        solution.append([f"How many {item} {asked}?", f"{said}: {left} {sign} {right} = {counts[-1]}."])
-
-    for index, (word, number, other) in enumerate(problem.relations):
-        trap = problem.kind if trapped and index == problem.place else ""
-        word = MISREAD[word] if trap == "sign" else word
-        number = MISREAD[number] if trap == "number" else number
-        other = index if trap == "person" else other
-        who, said = people[index + 1], f"{number} {word} than {people[other]}"
-        add(f"did {who} {base}, {said}", f"{who} {past} {said}", counts[other], "+" if word == "more" else "-", number,
-            trap == "slip")
+    trapped: one sentence is misread. early: the last step is missing. slip: the last sum is ten
+    too small.
+    """
+    people, counts, steps = problem.people, [problem.given], []
+    for index, (word, number) in enumerate(problem.relations):
+        if trapped and index == problem.place:
+            word = "more" if problem.kind == "sign" else word
+            number = LOOK_ALIKE[number] if problem.kind == "number" else number
+        who, than = people[index + 1], f"{number} {word} than {people[index]}"
+        left, sign = counts[-1], "+" if word == "more" else "-"
+        steps.append((f"does {who} have, {than}", f"{who} has {than}: {left} {sign} {number}"))
+        counts.append(left + number if word == "more" else left - number)
     if problem.together:
-        add(f"did {' and '.join(people[-2:])} {base} together", "Together", counts[-2], "+", counts[-1])
-    if problem.basket and basket:
-        add("are there with the basket", "With the basket", counts[-1], "+", problem.basket)
+        steps.append((f"do {people[-2]} and {people[-1]} have together",
+                      f"Together: {counts[-2]} + {counts[-1]}"))
+        counts.append(counts[-2] + counts[-1])
+    if early:
+        del steps[-1], counts[-1]
+    if slip:
+        counts[-1] -= 10
+    solution = [[f"How many {problem.item} {asked}?", f"{step} = {count}."]
+                for (asked, step), count in zip(steps, counts[1:])]
     return solution, str(counts[-1])
 
 
-def draw_problem(rng):
-    """A problem with one trap, which changes the answer; in both readings all numbers stay between 1 and 99."""
-    kind = rng.choice(KINDS)
+def draw_problem(rng, size=2):
+    """A problem of `size` relations whose trap changes the answer; all numbers are 11 to 199."""
     while True:
-        place = rng.randrange(2)
-        relations = [["more", rng.choice(PLAIN), index] for index in range(2)]
+        kind, place = rng.choice(KINDS), rng.randrange(size)
+        relations = [["more", rng.choice(PLAIN)] for _ in range(size)]
         if kind == "sign":
             relations[place][0] = "fewer"
-        elif kind == "number":
-            relations[place][1] = rng.choice([3, 5, 6, 8])
-        elif kind == "person":
-            place, relations[1][2] = 1, 0
-        together = kind == "person" or rng.random() < 0.3  # with a person asked for both, so that every sentence counts
-        problem = Problem(kind, rng.choice(ITEMS), rng.choice(VERBS), rng.sample(NAMES, 3), rng.randint(18, 40),
-                          relations, place, together, rng.choice(PLAIN) if rng.random() < 0.25 else None)
-        readings = [solve(problem, trapped, True) for trapped in (False, True)]
-        numbers = [int(word) for solution, _ in readings for _, step in solution for word in re.findall(r"-?\d+", step)]
-        between = problem.given + relations[0][1]
-        passes_ten = [problem.given % 10 + relations[0][1] >= 10, between % 10 + relations[1][1] >= 10]
-        possible = kind != "slip" or passes_ten == [place == 0, place == 1]  # the trapped sum does, the other does not
-        if possible and min(numbers) >= 1 and max(numbers) <= 99 and readings[0][1] != readings[1][1]:
+        else:
+            relations[place][1] = rng.choice(list(LOOK_ALIKE))
+        problem = Problem(kind, rng.choice(ITEMS), rng.sample(NAMES, size + 1),
+                          rng.randint(30, 50), relations, place, rng.random() < 0.3)
+        readings = [solve(problem, trapped) for trapped in (False, True)]
+        numbers = [int(number) for number in re.findall(r"\d+", str(readings))]
+        if min(numbers) >= 11 and max(numbers) <= 199 and readings[0][1] != readings[1][1]:
             return problem
 
 
 def for_pretraining(question):
-    """Half of all questions, chosen by a hash of the text, may be seen in pretraining; the task uses the other half."""
+    """Half of all questions, chosen by a hash, are for pretraining; the task has the others."""
     return hashlib.sha256(question.encode()).digest()[0] % 2 == 0
 
 
 def make_split(name, size, seed, taken):
-    """`size` records with questions in neither `taken` (updated) nor the pretraining half."""
+    """`size` records with questions that are not in `taken`, to which they are added."""
     rng, records = random.Random(f"toy {name} {seed}"), []
     while len(records) < size:
         problem = draw_problem(rng)
@@ -125,22 +114,28 @@ def make_split(name, size, seed, taken):
         if question not in taken and not for_pretraining(question):
             taken.add(question)
             solution, answer = solve(problem)
-            records.append({"id": f"toy-{name}-{len(records)}", "kind": problem.kind, "question": question,
-                            "answer": answer, "solution": solution})
+            records.append({"id": f"toy-{name}-{len(records)}", "kind": problem.kind,
+                            "question": question, "answer": answer, "solution": solution})
     return records
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, taken, here = parser.add_argument, set(), Path(__file__).resolve().parent
     for name, (size, seed) in SPLITS.items():
-        parser.add_argument(f"--{name}", type=int, default=size, help=f"questions ({size}: minutes on a laptop)")
-        parser.add_argument(f"--{name}-seed", type=int, default=seed, help=f"of {name} ({seed})")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="output folder (data/toy)")
-    args, taken = parser.parse_args(), set()
+        add(f"--{name}", type=int, default=size, help=f"questions ({size})")
+        add(f"--{name}-seed", type=int, default=seed, help=f"seed of {name} ({seed})")
+    add("--student", type=int, metavar="N", help="seed of train and test, for a student's own data")
+    add("--out", type=Path, default=here, help="output folder (data/toy)")
+    args = parser.parse_args()
+    if args.student is not None:
+        parser.set_defaults(train_seed=args.student, test_seed=args.student)
+        args = parser.parse_args()  # --test-seed goes before it
     for name in SPLITS:
-        records = make_split(name, getattr(args, name), getattr(args, f"{name}_seed"), taken)
-        art.write(args.out / f"{name}.jsonl", records)
-        print(f"{args.out / name}.jsonl: {len(records)} questions, no text twice, none in the base model's pretraining")
+        size, seed = getattr(args, name), getattr(args, f"{name}_seed")
+        art.write(args.out / f"{name}.jsonl", make_split(name, size, seed, taken))
+        print(f"{args.out / name}.jsonl: {size} questions, all different, none from pretraining")
 
 
 if __name__ == "__main__":
