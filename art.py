@@ -786,7 +786,7 @@ def provenance():
 # --- Flags. What the user leaves out comes from llm.json (the settings of
 # the last data/sample.py), then from the preset, then from DEFAULTS.
 
-TOY, SMALL = "data/toy/base", "Qwen/Qwen2.5-0.5B-Instruct"
+TOY, SMALL_TOY, SMALL = "data/toy/base", "data/toy/base_asker", "Qwen/Qwen2.5-0.5B-Instruct"
 DEFAULTS = {
     "base_url": None, "bits": None, "adapter_bits": None, "k": 4, "temperature": 0.7,
     "draft_temperature": 0.0, "refine_temperature": 0.0, "sample_seed": 0, "max_new_tokens": 512,
@@ -794,10 +794,9 @@ DEFAULTS = {
     "asker_batch": 32, "asker_at_once": 4, "truster_batch": 16, "truster_at_once": 1,
     "task_epochs": 2, "epochs": 1, "lr": 2e-4, "max_length": 1024}
 PRESETS = {
-    "toy": {"model": TOY, "asker_model": f"{TOY}_asker", "truster_model": f"{TOY}_asker",
-            "adapter_bits": 4, "draft_temperature": 0.7, "refine_temperature": 0.7,
-            "max_new_tokens": 128, "max_length": 512, "lr": 2e-3, "asker_at_once": 32,
-            "truster_at_once": 16, "task_epochs": 1},
+    "toy": {"model": TOY, "asker_model": SMALL_TOY, "truster_model": SMALL_TOY, "adapter_bits": 4,
+            "draft_temperature": 0.7, "refine_temperature": 0.7, "max_new_tokens": 128, "lr": 2e-3,
+            "max_length": 512, "asker_at_once": 32, "truster_at_once": 16, "task_epochs": 1},
     "small": {"model": SMALL, "asker_model": SMALL, "truster_model": SMALL, "k": 3},
     "t4": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",
            "truster_model": "Qwen/Qwen2.5-1.5B", "limit_train": 2000},
@@ -832,7 +831,7 @@ def make_parser(doc, script):
     add = parser.add_argument
     count = functools.partial(add, type=COUNT, metavar="N")
     add("--task", default="toy", help="a folder of data/ (default toy: nothing to download)")
-    add("--preset", choices=PRESETS, help="models and sizes (default small; t4 and larger need a GPU)")
+    add("--preset", choices=PRESETS, help="models and sizes (default small; the others need a GPU)")
     count("--limit", help="only the first N questions of each split")
     count("--limit-train", help="only the first N training questions")
     add("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="folder of all runs")

@@ -60,12 +60,11 @@ def test_failed_outputs_are_not_cached(tmp_path):
 
 def test_two_at_once_generate_nothing_twice(tmp_path, capsys):
     """The second waits until the first has ended, and says so."""
-    def work(models):
-        models.append(Fake(tmp_path))
-        models[0].generate(PROMPTS, 9)
+    def work():
+        second.append(Fake(tmp_path))
+        second[0].generate(PROMPTS, 9)
 
-    first, second = Fake(tmp_path), []
-    thread = threading.Thread(target=work, args=[second])
+    first, second, thread = Fake(tmp_path), [], threading.Thread(target=work)
     compute = first.compute
 
     def slow(*args):
@@ -76,8 +75,7 @@ def test_two_at_once_generate_nothing_twice(tmp_path, capsys):
 
     first.compute = slow
     first.generate(PROMPTS, 9)
-    thread.join()
-    assert not second[0].computed
+    assert thread.join() is None and not second[0].computed
 
 
 PROCESS = """

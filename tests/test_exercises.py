@@ -1,5 +1,9 @@
 """Every exercise has a solution, and the checker tells what is wrong."""
 
+import json
+import subprocess
+import sys
+
 import check
 import exercises
 import numpy as np
@@ -39,3 +43,9 @@ def test_solutions_agree_with_the_kit():
 def test_checker_tells_what_is_wrong(monkeypatch, function, verdict):
     monkeypatch.setattr(exercises, "fixed_broken", function)
     assert check.check(exercises)["fixed_broken"].startswith(verdict)
+
+
+def test_a_run_is_marked_on_the_data_of_a_student(copy):
+    made = subprocess.run([sys.executable, art.ROOT / "docs/teach/mark.py", copy.runs / "toy/default",
+                           "--student", "3", "--limit", "4"], capture_output=True, text=True)
+    assert json.loads(made.stdout)["rows"].keys() == json.loads(made.stdout)["handed_in"].keys()

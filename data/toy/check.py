@@ -110,7 +110,7 @@ def main():
         found.append(measure(art.parse(parser, [*words, "--run", name])))
     print(f"\n| measured | {' | '.join(names)} |\n" + "| --- " * (len(names) + 1) + "|")
     for what in found[0]:
-        print(f"| {what} | {' | '.join(f'{one[what]:.3f}' for one in found)} |")
+        print(f"| {what} | {' | '.join(f'{one[what]:.3g}' for one in found)} |")
 
 
 if __name__ == "__main__":
