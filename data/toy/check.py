@@ -27,7 +27,8 @@ def measure(args):
     dev, test = art.load_split(args, "dev"), art.load_split(args, "test")
     outputs = evaluate.Outputs(args, dev, test)
     rows = {name: evaluate.ROWS[name] for name in (*evaluate.DEFAULT_ROWS, "art_untuned")}
-    outputs.ask({"draft", "logprob"}.union(*map(evaluate.stages_of, rows.values())))
+    outputs.ask({"draft", "logprob", "refined_gold"}.union(
+        *map(evaluate.stages_of, rows.values())))
     correct = {name: evaluate.make_row(outputs, row)[1] for name, row in rows.items()}
     correct["word_pair_gate"] = word_pair_gate(outputs)
     found = {name: correct[name].mean() for name in correct}
@@ -38,7 +39,9 @@ def measure(args):
 
     drafts, refined = (outputs.correct[stage][outputs.test] for stage in ("draft", "refined"))
     takes = outputs.takes("refined", "truster")[outputs.test]
-    found |= along(args, outputs, test)
+    gold = outputs.correct["refined_gold"][outputs.test]
+    found["refined along gold sub-questions"] = gold.mean()
+    found["refined along misread sub-questions"] = along_misread(args, outputs, test)
     found["Truster keeps what was fixed"] = takes[~drafts & refined].mean()
     found["Truster refuses what was broken"] = (~takes)[drafts & ~refined].mean()
     for gate in ("ask", "ask_self", "logprob"):
@@ -63,8 +66,8 @@ def word_pair_gate(outputs):
     return np.where(refine, outputs.correct["refined"], outputs.correct["draft"])[outputs.test]
 
 
-def along(args, outputs, test):
-    """The accuracy of refined answers along gold and along misread sub-questions."""
+def along_misread(args, outputs, test):
+    """The accuracy of refined answers along sub-questions that fall into the trap."""
     rng, wanted = random.Random(f"toy test {args.test_seed}"), {one["question"] for one in test}
     problems = {}  # of the test questions, drawn again
     for _ in range(20 * len(test)):
@@ -72,15 +75,14 @@ def along(args, outputs, test):
         problems[problem.text()] = problem
     if not wanted <= problems.keys():
         raise art.UserError("these are not the test questions of this seed: give --test-seed")
-    found, drafts = {}, outputs.of["draft"][outputs.test]
-    for name, trapped in (("gold", False), ("misread", True)):
-        asked = [{"subquestions": [line for line, _ in solve(problems[one["question"]], trapped)[0]]}
-                 for one in test]
-        refined = art.refine(outputs.model("llm", f"along {name}"), args, test, drafts, asked)
-        found[f"refined along {name} sub-questions"] = np.mean([
-            new["finished"] and art.is_correct(args.task, new["text"], record["answer"])
-            for new, record in zip(refined, test)])
-    return found
+    asked = []
+    for record in test:
+        solution, _ = solve(problems[record["question"]], trapped=True)
+        asked.append({"subquestions": [subquestion for subquestion, _ in solution]})
+    drafts = outputs.of["draft"][outputs.test]
+    refined = art.refine(outputs.model("llm", "along misread"), args, test, drafts, asked)
+    return np.mean([one["finished"] and art.is_correct(args.task, one["text"], record["answer"])
+                    for one, record in zip(refined, test)])
 
 
 def blanked_asker(args, test):

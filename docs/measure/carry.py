@@ -8,6 +8,7 @@ as the model reads it, the number of the sample and the temperature are the same
 that wrote the file: its weights are not compared.
 """
 
+import functools
 import gzip
 import json
 import sys
@@ -47,13 +48,14 @@ def main():
     numbers = [0] if args.drafts else range(args.k)
     said = read_said(args.said).get(temperature, {})
 
-    def old_key(prompt, number):
+    @functools.cache
+    def old_hash(prompt):
         ids, _ = llm.tokens(prompt, "")
-        return art.short_hash(llm.tokenizer.decode(ids)), number
+        return art.short_hash(llm.tokenizer.decode(ids))
 
     def compute(missing, settings):
         for key, (prompt, _, number) in missing.items():
-            output = said[old_key(prompt, number)]
+            output = said[old_hash(prompt), number]
             yield {key: {**output, "text": art.up_to(settings["stop"], output["text"])}}
 
     llm.compute = compute  # in place of the model: what the second edition has said
@@ -61,7 +63,7 @@ def main():
     for record in art.load_split(args, args.split):
         prompt = art.predict_prompt(record, args.strategy)
         prompt = art.render(llm, args, prompt, args.strategy)
-        if all(old_key(prompt, number) in said for number in numbers):
+        if all((old_hash(prompt), number) in said for number in numbers):
             records.append(record)
     if records:
         art.sample_answers(llm, args, records, numbers, temperature)
