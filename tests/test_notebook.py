@@ -13,8 +13,8 @@ def test_lesson(tmp_path):
     cells = json.loads((ROOT / "art.ipynb").read_text("utf-8"))["cells"]
     cells = [cell for cell in cells if cell["cell_type"] == "code" and not cell["metadata"].get("tags")]
     code = "\n".join("".join(cell["source"]) for cell in cells)
-    sizes = {"LIMIT": "40", "DATA": str(tmp_path / "data"), "RUNS": str(tmp_path / "runs"), "MPLBACKEND": "Agg"}
-    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | sizes, capture_output=True,
-                          text=True)
+    runs = (tmp_path / "runs").as_posix()  # the lesson splits commands as a shell does
+    env = os.environ | {"LIMIT": "40", "DATA": f"{runs}/data", "RUNS": runs, "MPLBACKEND": "Agg"}
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
     assert (tmp_path / "runs/toy/default/results.json").is_file()
