@@ -2,6 +2,8 @@
 # same as plain commands.
 PYTHON ?= python3
 BIN = .venv/bin
+# The CPU build of torch. For a GPU: make PIP_FLAGS= demo
+PIP_FLAGS ?= --extra-index-url https://download.pytorch.org/whl/cpu
 
 .venv/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv .venv

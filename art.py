@@ -7,9 +7,9 @@
     python art.py "QUESTION"        # one question through the four steps
     python art.py --random          # the same with one of the test questions
 
-The LLM is never trained. Asker and Truster are smaller and learn by QLoRA from its answers.
-Part 1 is the method and can be read alone. Part 2 reads answers. Part 3 has files and flags.
-Part 4 asks models, part 5 trains them.
+The LLM is not fine-tuned. The Asker and the Truster learn by QLoRA from its answers.
+Part 1 is the method; it calls a few helpers of the other parts, which read texts, know files and
+flags, run models and train them.
 """
 
 import argparse
@@ -44,17 +44,17 @@ ROOT = Path(__file__).resolve().parent
 #
 # A record is one question: {"id", "question", "answer",
 # "solution": [[sub-question, step], ...]}; StrategyQA has "facts", too.
-# An output is what a model gave for one prompt, also a dict. A record's
-# "answer" is gold; an output's is what was read from its "text", or None.
+# An output is what a model gave for one prompt, also a dict. "answer" in a
+# record is the gold answer; in an output it is what was read from "text",
+# or None. "failed" in an output is "", or why a server gave nothing usable.
 # `args` are the flags (part 3). `llm`, `asker` and `truster` are Models
-# (part 4) with three verbs, which take lists and return lists:
+# (part 4). Each has three methods that return for each prompt:
 #
-#     generate   [{"text", "finished", "tokens", ...}, ...], a list for each prompt
+#     generate   a list of samples, {"text", "finished", "tokens", ...}
 #     choose     {"p": the probability of the first of two words, ...}
 #     score      {"score": higher means "more likely correct", ...}
 #
-# Each step keeps its prompt, its target (what a model learns to write)
-# and its parser together.
+# A step's prompt, target (what a model learns to write) and parser follow.
 
 # A chat model reads an instruction in place of the prompt's last line
 # ("Answer:"). A base model reads the prompt as it is.
@@ -95,9 +95,9 @@ def question_block(record, facts=False):
 
 
 # --- Step 1, predict. The LLM writes the draft: by chain of thought
-# ("cot") or by sub-questions ("decomp"). --facts: facts are shown when
-# refining (refine), when drafting, too (both), or never (none). The Asker
-# and the Truster never see them.
+# ("cot") or by sub-questions ("decomp"). StrategyQA's facts are shown in the
+# refinement (--facts refine), also for the draft (both), or never (none).
+# The Asker and the Truster never see them.
 
 
 def predict_prompt(record, strategy="cot", facts=False):
@@ -129,9 +129,9 @@ def predict(llm, args, records, temperature=0.0):
 def sample_answers(llm, args, records, numbers, temperature):
     """For each question a list of answers, one for each sample number.
 
-    Given model and temperature, seed, prompt and number fix a sample.
+    The same model, temperature, seed, prompt and number always give the same sample.
     """
-    strategy = llm.strategy or args.strategy  # adapter "finetuned" has its own
+    strategy = llm.strategy or args.strategy  # "finetuned" has its own
     prompts = []
     for record in records:
         prompt = predict_prompt(record, strategy, facts=args.facts == "both")
@@ -152,7 +152,7 @@ def write_answers(llm, args, prompts, numbers, temperature):
 
 
 # --- Step 2, ask. The Asker reads the question and the draft. It writes
-# the sub-questions that a correct answer has to settle. Then it decides:
+# the sub-questions that a correct solution has to answer. Then it decides:
 # refine? It learned from gold sub-questions, and from samples of the LLM on
 # training questions: "Yes" after an incorrect one, "No" after a correct one.
 
@@ -174,20 +174,6 @@ def ask_target(subquestions, refine):
 
 
 MAX_SUBQUESTIONS = 8
-REFINE = r"(?i:refine)[* ]{0,3}:"  # DECISION as models write it: **refine**:
-LIST_END = rf"{REFINE}|(?i:revised answer)[* ]{{0,3}}:"
-BOLD = r"(?<!\w)\*\*|\*\*(?!\w)"  # not the ** of 2**3
-BULLET = r"^(?:[-*+•>#]{1,6}\s+|\d{1,3}[.)](?!\d)\s*)*"  # "- ", "2) ", "1. ", not "1.5 hours"
-NO_WORD = r"(?:\\(?:begin|end)\{[^{}]*\}|[\W_])*"  # \[ or --- or \begin{align*}
-
-# Where the generation of sub-questions stops: at "Refine:", after a line that repeats an earlier
-# one, or after eight lines. Blank lines do not count.
-LINE = rf"(?=[^\n]*\S)(?![^\n]*{REFINE})"  # not blank, not the decision
-ASK_STOP = (
-    rf"{REFINE}"
-    rf"|(?:^|\n){LINE}(?P<asked>[^\n]+)\n(?:(?![^\n]*{REFINE})[^\n]*\n)*?(?P=asked)\n"
-    rf"|\A(?:\s*{LINE}[^\n]+\n){{{MAX_SUBQUESTIONS}}}"
-)
 
 
 def parse_subquestions(text):
@@ -224,8 +210,8 @@ def ask(asker, args, records, drafts):
     """Step 2: sub-questions, and the probability of an incorrect draft (paper, section 3.2).
 
     The Asker writes the sub-questions first. We then append "Refine:" and compare the probabilities
-    of " Yes" and " No" as the next token. Training weighs incorrect and correct drafts equally,
-    as if half were incorrect; `with_prior` puts the real share back.
+    of " Yes" and " No" as the next token. The training gives incorrect and correct drafts the same
+    weight, as if half were incorrect; `with_prior` corrects that.
 
     Returns one dict for each record: {"subquestions": list of str, "p_refine": 0 to 1, ...}.
     """
@@ -243,7 +229,7 @@ def ask(asker, args, records, drafts):
 
 
 def with_prior(p, odds):
-    """Bayes: `p` holds for 1 to 1, the result for `odds` incorrect drafts to a correct one.
+    """Bayes: `p` was learned on balanced classes; there are `odds` incorrect drafts a correct one.
 
     >>> with_prior(0.5, 3)
     0.75
@@ -251,14 +237,14 @@ def with_prior(p, odds):
     return p * odds / (p * odds + 1 - p)
 
 
-# --- Step 3, refine. The LLM answers again, along the sub-questions. It
-# sees its draft only with --show-draft yes. Prompts call this "revised".
+# --- Step 3, refine. The LLM answers again, with the sub-questions. It sees
+# its draft only with --show-draft yes. In prompts "refined" is "revised".
 
 
 def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
-    """The question, the draft and the sub-questions.
+    """The question, the draft (if it is shown) and the sub-questions.
 
-    Without sub-questions the draft is always shown: there would be nothing to refine.
+    Without sub-questions the draft is always shown; otherwise there would be nothing to refine.
     """
     prompt = question_block(record, facts)
     if show_draft or not subquestions:
@@ -307,16 +293,16 @@ def is_readable(output):
 
 
 def better_answer(draft, refined, draft_score, refined_score):
-    """The draft, unless the other scores higher; a readable one beats an unreadable one."""
+    """The readable answer; if both or none are, the one with the higher score (equal: the draft)."""
     if is_readable(draft) != is_readable(refined):
         return draft if is_readable(draft) else refined
     return refined if refined_score > draft_score else draft
 
 
 def ask_refine_trust(llm, asker, truster, args, record, threshold):
-    """The paper's loop for one question; evaluate.py does the same for many, and sets `threshold`.
+    """The paper's loop for one question. evaluate.py does the same for many and sets `threshold`.
 
-    Returns {"draft", "asked", "final"}, and where the draft was refined "refined" and "scores".
+    Returns {"draft", "asked", "final"}; if the draft was refined, also "refined" and "scores".
     """
     [draft] = predict(llm, args, [record], args.draft_temperature)
     [asked] = ask(asker, args, [record], [draft])
@@ -330,10 +316,27 @@ def ask_refine_trust(llm, asker, truster, args, record, threshold):
     return result
 
 
-# ===== Part 2. Reading answers =====
-#
-# What cannot be read is None, which is never correct. Words are never
-# guessed: "No one knows" is not a "no", and "A cat" is not choice A.
+# ===== Part 2. Reading texts =====
+
+# --- Sub-questions
+
+REFINE = r"(?i:refine)[* ]{0,3}:"  # DECISION as models write it: **refine**:
+LIST_END = rf"{REFINE}|(?i:revised answer)[* ]{{0,3}}:"
+BOLD = r"(?<!\w)\*\*|\*\*(?!\w)"  # not the ** of 2**3
+BULLET = r"^(?:[-*+•>#]{1,6}\s+|\d{1,3}[.)](?!\d)\s*)*"  # "- ", "2) ", "1. ", not "1.5 hours"
+NO_WORD = r"(?:\\(?:begin|end)\{[^{}]*\}|[\W_])*"  # \[ or --- or \begin{align*}
+
+# The generation of sub-questions stops at "Refine:", after a line that repeats an earlier one, or
+# after eight lines.
+LINE = rf"(?=[^\n]*\S)(?![^\n]*{REFINE})"  # not blank, not the decision
+ASK_STOP = (
+    rf"{REFINE}"
+    rf"|(?:^|\n){LINE}(?P<asked>[^\n]+)\n(?:(?![^\n]*{REFINE})[^\n]*\n)*?(?P=asked)\n"
+    rf"|\A(?:\s*{LINE}[^\n]+\n){{{MAX_SUBQUESTIONS}}}"
+)
+
+# --- Answers. What cannot be read is None, which is never correct. Words are
+# never guessed: "No one knows" is not a "no", and "A cat" is not choice A.
 
 # What may be before an answer: blanks, ** $ ( - and LaTeX such as \boxed{\text{
 GAP = r"[^\w\n#]{0,10}(?:\\[a-zA-Z]{1,9}[^\w\n#]{1,5}){0,2}"
@@ -410,21 +413,18 @@ GOLD = {
 SCALE = {"thousand": "e3", "million": "e6", "billion": "e9", "trillion": "e12"}
 REWRITES = [  # LaTeX and Unicode -> plain text, in this order
     (r"[\u2010-\u2013\u2212]", "-"),  # hyphens, the en dash and the minus sign
-    (  # thousands: 1{,}234 and 1\,234 and no-break or thin spaces -> 1,234
-        r"(?<=[0-9])\{?(?:,\\!|,|\\[,;:! ]|[\u00a0\u2000-\u200a\u202f])\}?"
-        r"(?=[0-9]{3}(?![0-9]))",
-        ",",
-    ),
+    # thousands: 1{,}234 and 1\,234 and no-break or thin spaces -> 1,234
+    (r"(?<=[0-9])\{?(?:,\\!|,|\\[,;:! ]|[\u00a0\u2000-\u200a\u202f])\}?"
+     r"(?=[0-9]{3}(?![0-9]))", ","),
     (r"\\[,;:! ]|[^\S\n]", " "),  # other spaces
     (r"(?<=[0-9])[\\$€£¥₹%]+(?=[0-9])", " "),  # $5$6 -> 5 6
     (r"\\?[$€£¥₹%]", ""),
     (rf"(?<=[0-9])(?=\\[dtc]?frac|(?![0-9]){DIGIT})", " "),  # 3½ -> 3 ½
     (r"[¼-¾⅐-⅞]", lambda found: unicodedata.normalize("NFKC", found[0])),  # ½ -> 1⁄2
     ("⁄", "/"),
-    (  # \frac{1}{2} and \frac12 -> 1/2
-        r"\\[dtc]?frac *(?:\{ *(-?[0-9.,]+) *\}|([0-9])) *(?:\{ *([0-9.,]+) *\}|([0-9]))",
-        r"\1\2/\3\4",
-    ),
+    # \frac{1}{2} and \frac12 -> 1/2
+    (r"\\[dtc]?frac *(?:\{ *(-?[0-9.,]+) *\}|([0-9])) *(?:\{ *([0-9.,]+) *\}|([0-9]))",
+     r"\1\2/\3\4"),
     (r"\\(?:times|cdot)(?![a-z])|×|(?<=[0-9]) ?x ?(?=[0-9])", " * "),
     (r"(?<=[0-9]) +\* +10 ?\^ ?\{?(-?[0-9]{1,2})\}?", r"e\1"),  # 2 * 10^3 -> 2e3
     (r"\^ ?\{? ?-?[0-9.]+", "^"),  # m^2 -> m^
@@ -432,10 +432,8 @@ REWRITES = [  # LaTeX and Unicode -> plain text, in this order
     (r"\\[a-zA-Z]+", ";"),
     (r" +", " "),
     (r"= - (?=[.0-9])", "= -"),  # 2 - 7 = - 5
-    (  # 1.5 million -> 1.5e6
-        rf"(?<=[0-9])[ *]*((?i:{'|'.join(SCALE)}))s?\b",
-        lambda found: SCALE[found[1].lower()],
-    ),
+    # 1.5 million -> 1.5e6
+    (rf"(?<=[0-9])[ *]*((?i:{'|'.join(SCALE)}))s?\b", lambda found: SCALE[found[1].lower()]),
 ]
 
 
@@ -905,7 +903,7 @@ def parse(parser, argv=None, remember=True):
 
 
 def run(main):
-    """Call a script's `main`. An error that the user can fix becomes one line and exit code 2."""
+    """Call a script's `main`. An error that the user can fix becomes one line, exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows may lack a letter of the text
             stream.reconfigure(errors="backslashreplace")
@@ -1218,10 +1216,7 @@ class Local(Model):
         return int(((self.args.kv_gib or 0) * 2**30 or share) / size * 256)
 
     def compute(self, missing, settings):
-        """Yield {key: output}, batch by batch, the longest prompts first.
-
-        So what is left after a kill is planned as it would have been.
-        """
+        """Yield {key: output}, batch by batch, the longest prompts first."""
         import torch
         self.load()
         work = {"generate": self.write, "choose": self.decide, "score": self.rate}
@@ -1701,30 +1696,32 @@ def main():
     parser.add_argument("question", nargs="?", help="the question, in quotes")
     parser.add_argument("--random", action="store_true", help="take one of the test questions")
     args = parse(parser)
-    question = " ".join((args.question or "").split())
+    record = {"question": " ".join((args.question or "").split())}
     if args.random:
-        question = random.choice(load_split(args, "test"))["question"]
-    elif not question:
+        record = random.choice(load_split(args, "test"))
+    elif not record["question"]:
         raise UserError("give a question in quotes, or --random for one of the test questions")
     elif args.preset == "toy":
-        print("note: the toy's models read only questions worded like the toy's (--random)")
+        print("note: the toy's models understand only the toy's questions (--random)")
 
     threshold = 0.5  # until evaluate.py sets it on dev
     for row in read_json(args.folder / "results.json").get("rows", []):
         if row["row"] == "art":
             threshold = row["threshold"]
     models = [open_model(args, name) for name in ("llm", "asker", "truster")]
-    result = ask_refine_trust(*models, args, {"question": question}, threshold)
+    result = ask_refine_trust(*models, args, record, threshold)
     asked, refined = result["asked"], result.get("refined")
-    show({"question": question, "draft": result["draft"]["text"],
+    show({"question": record["question"], "draft": result["draft"]["text"],
           "sub-questions": "\n".join(asked["subquestions"]),
-          "decision": f"p(draft is wrong) = {asked['p_refine']:.3f}, threshold {threshold:.3f}: "
+          "decision": f"p(draft is incorrect) = {asked['p_refine']:.3f}, threshold {threshold:.3f}: "
                       f"{'refine' if refined else 'keep the draft'}"})
     if refined:
         scores = "draft {:.2f}, refined {:.2f}".format(*result["scores"])
         show({"refined": refined["text"], "Truster": scores})
     final = result["final"]
     show({"answer": final["answer"] if is_readable(final) else "none: cut off, or unreadable"})
+    if args.random:
+        show({"gold": record["answer"]})
 
 
 if __name__ == "__main__":

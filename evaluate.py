@@ -462,7 +462,7 @@ def parse_args():
     parser = art.make_parser(__doc__, "evaluate")
     add = parser.add_argument
     add("--rows", default=",".join(DEFAULT_ROWS), metavar="ROW,...",
-        help=f"rows to add: all, or some of {', '.join(ROWS)}")
+        help=f"rows; earlier ones stay: all, or some of {', '.join(ROWS)}")
     add("--threshold", default="", metavar="T,...", help="also row art at these thresholds")
     add("--compare", nargs="+", metavar="RUN", help="only compare finished runs (names, folders)")
     add("--row", default="art", metavar="ROW", help="the row to compare (art)")
@@ -504,7 +504,7 @@ def main():
         return compare_runs(args)
     dev, test = art.load_split(args, "dev"), art.load_split(args, "test")
     check_adapters(args, rows, test)
-    print(f"[4/4] {len(dev):,} dev and {len(test):,} test questions", flush=True)
+    print(f"{len(dev):,} dev and {len(test):,} test questions", flush=True)
     outputs = Outputs(args, dev, test)
     outputs.ask({"draft", "logprob"}.union(*map(stages_of, rows.values())))
 

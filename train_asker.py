@@ -131,7 +131,7 @@ def main():
     tokenizer = art.load_tokenizer(args.asker_model)
     records = art.load_split(args, "train")
     lines = art.load_samples(args, records)
-    print(f"[2/4] the Asker learns from the samples of {len(records):,} questions")
+    print(f"the Asker learns from the samples of {len(records):,} questions")
     subquestions, drafts = load_subquestions(args, records), drafts_of(args, records, lines)
 
     def train(name, records, examples, epochs, **more):

@@ -77,7 +77,7 @@ def main():
     records = art.load_split(args, "train")
     lines = art.load_samples(args, records)
     groups = contrast(records, lines, tokenizer)
-    print(f"[3/4] the Truster learns from {len(groups):,} of {len(records):,} questions")
+    print(f"the Truster learns from {len(groups):,} of {len(records):,} questions")
     if len(groups) < 8:
         raise art.too_few(args, lines, "the Truster needs 8 questions")
 

@@ -38,7 +38,7 @@ def sample(args):
     if not args.base_url and args.bits is None:
         args.bits = choose_bits(args.model)
     llm = art.open_model(args, "llm")
-    print(f"[1/4] the LLM answers {len(train):,} training and {len(dev):,} dev questions "
+    print(f"the LLM answers {len(train):,} training and {len(dev):,} dev questions "
           f"{args.k} times", flush=True)
     llm.label = "samples"
     drawn = art.sample_answers(llm, args, train + dev, range(args.k), args.temperature)

@@ -1,6 +1,8 @@
 """Draw one question worked through the four steps, and what a finished run gained.
 
-    python docs/plot.py runs/toy/default      # results.png beside results.json; needs matplotlib
+    python docs/plot.py runs/toy/default      # needs matplotlib
+
+Writes steps.png (the question) and results.png (the question and six rows) beside results.json.
 """
 
 import json
@@ -12,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import art
 
 FROZEN, TRAINED = "#c6d8ec", "#f6c58f"  # the LLM; the Asker and the Truster
-ROWS = {"draft": "the draft", "self_refine": "self-refinement", "word_gate": "one word decides",
-        "always_truster": "refine all,\nTruster picks", "art": "ART",
-        "best_of_k": "4 samples,\nTruster picks", "oracle_choice": "best choice\n(sees gold)"}
+ROWS = {"draft": "draft", "self_refine": "self_refine\n(the LLM alone)",
+        "word_gate": "word_gate\n(one word decides)", "always_truster": "always_truster\n(all refined)",
+        "art": "art", "best_of_k": "best_of_k\n(4 samples)",
+        "oracle_choice": "oracle_choice\n(sees gold)"}
 
 
 def example(records):
@@ -36,9 +39,10 @@ def flow(axes, record, threshold):
         ("1 predict: the LLM writes a draft (incorrect)", draft["text"], FROZEN),
         ("2 ask: the Asker's sub-questions", "\n".join([
             *asked["subquestions"],
-            f"p(draft is wrong) = {asked['p_refine']:.2f}, threshold {threshold:.2f}: refine"]),
+            f"p(draft is incorrect) = {asked['p_refine']:.2f}",
+            f"below the threshold {threshold:.2f} the draft is kept; here: refine"]),
          TRAINED),
-        ("3 refine: the LLM answers along them", refined["text"], FROZEN),
+        ("3 refine: the LLM answers the sub-questions", refined["text"], FROZEN),
         ("4 trust: the Truster scores both answers",
          "draft {:.1f}, refined {:.1f}: the refined answer is kept".format(*scores), TRAINED)]
     y, middles = 0.0, []
@@ -64,7 +68,7 @@ def bars(axes, rows, n):
     for place, name in enumerate(names):
         row = rows[name]
         middle, (low, high) = 100 * row["accuracy"], row["ci95"]
-        colour = {"art": TRAINED}.get(name, "0.88")
+        colour = "0.65" if name == "art" else "0.88"
         axes.barh(place, middle, color=colour, ec="0.4",
                   xerr=[[middle - 100 * low], [100 * high - middle]], capsize=3)
         text = f"{middle:.1f}%"
@@ -93,11 +97,14 @@ def main():
     rows = {row["row"]: row for row in results["rows"]}
     if "art" not in rows:
         raise art.UserError(f"{folder} has no row art: run python evaluate.py")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 6.5), layout="constrained")
-    flow(left, example(records), rows["art"]["threshold"])
-    bars(right, rows, results["n"])
-    figure.savefig(folder / "results.png", dpi=120)
-    print(folder / "results.png")
+    for name, width, columns in ("steps.png", 6.5, 1), ("results.png", 12, 2):
+        figure, axes = pyplot.subplots(1, columns, figsize=(width, 6.5), layout="constrained",
+                                       squeeze=False)
+        flow(axes[0, 0], example(records), rows["art"]["threshold"])
+        if columns == 2:
+            bars(axes[0, 1], rows, results["n"])
+        figure.savefig(folder / name, dpi=120)
+        print(folder / name)
 
 
 if __name__ == "__main__":

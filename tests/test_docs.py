@@ -42,14 +42,14 @@ def rows_of(text):
     ("docs/results.md", "### StrategyQA", "\n## ", "strategyqa", 9),
 ])
 def test_table_is_that_of_the_shipped_run(name, start, end, run, least):
-    """Every cell. `p` and "about" are from results.json, the range over seeds from check.md."""
+    """Every cell. `p` and the share are from results.json, the range over seeds from check.md."""
     shipped = {row["row"]: row for row in rows_of(read(f"docs/runs/{run}/table.md"))}
     seeds = dict(re.findall(r"(?m)^\| (\w+) \| (.*) \|$", read("docs/runs/toy/check.md")))
     for row in json.loads(read(f"docs/runs/{run}/results.json"))["rows"]:
         shares = [float(share) for share in seeds.get(row["row"], "0").split(" | ")]
         shipped[row["row"]] |= {
-            "correct, about": f"{row['accuracy']:.0%}",
-            "over three seeds": f"{min(shares):.0%} to {max(shares):.0%}",
+            "correct (seed 0)": f"{row['accuracy']:.1%}",
+            "lowest to highest of three training seeds": f"{min(shares):.1%} to {max(shares):.1%}",
             "p": f"{row['vs_draft']['p']:.2g}" if "vs_draft" in row else "-"}
     rows = rows_of(read(name).partition(start)[2].partition(end)[0])
     assert len(rows) >= least

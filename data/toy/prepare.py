@@ -108,13 +108,14 @@ def for_pretraining(question):
 def make_split(name, size, seed, taken):
     """`size` records with questions that are not in `taken`, to which they are added."""
     rng, records = random.Random(f"toy {name} {seed}"), []
+    own = "" if seed == SPLITS[name][1] else f"{seed}-"  # other questions have other ids
     while len(records) < size:
         problem = draw_problem(rng)
         question = problem.text()
         if question not in taken and not for_pretraining(question):
             taken.add(question)
             solution, answer = solve(problem)
-            records.append({"id": f"toy-{name}-{len(records)}", "kind": problem.kind,
+            records.append({"id": f"toy-{own}{name}-{len(records)}", "kind": problem.kind,
                             "question": question, "answer": answer, "solution": solution})
     return records
 

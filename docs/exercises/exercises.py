@@ -19,12 +19,12 @@ def row_asker(p_refine, threshold, correct_draft, correct_refined):
 
 
 def row_art(p_refine, threshold, score_draft, score_refined, correct_draft, correct_refined):
-    """3. Accuracy of row `art`: as above, but the answer with the higher score; ties: the draft."""
+    """3. As 2, but take the refined answer only if its score is higher than the draft's."""
     raise NotImplementedError
 
 
 def gap_closed(correct_draft, correct_refined, correct_art):
-    """4. How far does ART go from the draft (0) to a perfect choice of the two answers (1)?"""
+    """4. ART's gain over the draft, divided by the gain of a perfect choice of the two answers."""
     raise NotImplementedError
 
 
@@ -34,7 +34,7 @@ def area(p_refine, incorrect_draft):
 
 
 def calibration_error(p_refine, incorrect_draft):
-    """6. Expected calibration error: ten bins of equal width, |mean p - share incorrect|."""
+    """6. Expected calibration error, in ten bins of equal width: |mean p - share incorrect|."""
     raise NotImplementedError
 
 
@@ -44,7 +44,7 @@ def sign_test(won, lost):
 
 
 def least_net_gain(differing):
-    """8. Two rows differ on so many questions: the least (won - lost) with p <= 0.05, or None."""
+    """8. The smallest won - lost with p <= 0.05, if two rows differ on so many questions, or None."""
     raise NotImplementedError
 
 
@@ -56,36 +56,36 @@ def refining_pays(correct_draft, correct_refined):
 def optimism(p_refine, correct_draft, correct_refined, orders):
     """10. How much better does a threshold look on the questions that it was chosen on?
 
-    Each of the `orders` (arrays of indices) puts the questions into another order. Choose the best
-    threshold on its first half, one of the values of p_refine there (the smallest among equally
-    good ones) or infinity: the accuracy of row `asker` there minus that on the second half. Return
-    the mean over the orders.
+    Each of the `orders` (arrays of indices) puts the questions into another order. Choose the
+    threshold with the best accuracy of row `asker` on its first half. Try each value of p_refine
+    there, and infinity; of equally good ones take the smallest. Subtract the accuracy on the second
+    half. Return the mean over the orders.
     """
     raise NotImplementedError
 
 
 def same_answers(answers_draft, answers_refined):
-    """11. Share of the refined answers equal to the draft's answer; None (unread) equals nothing."""
+    """11. Share of refined answers that equal the draft's answer; None (unread) equals nothing."""
     raise NotImplementedError
 
 
 def majority(answers):
-    """12. The answer that most samples give, the earliest among equals; None counts for nothing."""
+    """12. The most frequent answer; of equally frequent ones the first. None does not count."""
     raise NotImplementedError
 
 
 def hinge(scores, correct, margin=1.0):
-    """13. The mean over all pairs of max(0, margin - (correct - incorrect)); torch tensors."""
+    """13. The mean of max(0, margin - (correct - incorrect)) over all pairs; torch tensors."""
     raise NotImplementedError
 
 
 def prior_back(p, share_incorrect):
-    """14. The Asker saw as many correct as incorrect drafts; now this share is incorrect."""
+    """14. The Asker learned from as many correct as incorrect drafts; now this share is incorrect."""
     raise NotImplementedError
 
 
 def lora_weights(shapes, rank):
-    """15. How many weights does LoRA train beside linear layers of these (outputs, inputs)?"""
+    """15. How many weights does LoRA train beside linear layers with these (outputs, inputs)?"""
     raise NotImplementedError
 
 

@@ -9,7 +9,7 @@ import art
 
 
 def fixed_broken(correct_before, correct_after):
-    return int((~correct_before & correct_after).sum()), int((correct_before & ~correct_after).sum())
+    return (~correct_before & correct_after).sum(), (correct_before & ~correct_after).sum()
 
 
 def row_asker(p_refine, threshold, correct_draft, correct_refined):
@@ -54,7 +54,7 @@ def least_net_gain(differing):
 def refining_pays(correct_draft, correct_refined):
     fixing = correct_refined[~correct_draft].mean()
     breaking = (~correct_refined)[correct_draft].mean()
-    return bool(fixing / breaking > correct_draft.mean() / (~correct_draft).mean())
+    return fixing / breaking > correct_draft.mean() / (~correct_draft).mean()
 
 
 def optimism(p_refine, correct_draft, correct_refined, orders):

@@ -1,10 +1,12 @@
 """Mark a handed-in run: evaluate its adapters again, on the data of this student, and print JSON.
 
     python docs/teach/mark.py HANDED_IN/default --student 17
+    python docs/teach/mark.py HANDED_IN/NAME --student 17       # after: git apply HANDED_IN/change.diff
     python docs/teach/mark.py HANDED_IN/default --student 17 --test-seed SECRET
 
-The folder needs asker/, truster/ and results.json. The first command repeats the student's own
-evaluation; the second one asks test questions that the student has never seen.
+The first two repeat the student's evaluation with the settings in results.json: the largest
+difference should be 0. The third draws test questions that the student has never seen. An adapter
+that is not in NAME is taken from the folder default beside it.
 """
 
 import argparse
@@ -26,40 +28,61 @@ def command(script, *flags):
         raise art.UserError(f"{script} failed; its last line says why")
 
 
-def evaluate(run, folder, student, test_seed, limit):
+def copy_adapter(run, name, data, marked):
+    """Copy an adapter, unless it has another base or was trained on other questions."""
+    own = [folder for folder in (run / name, run.parent / "default" / name)
+           if (folder / "args.json").is_file()]
+    if not own:
+        raise art.UserError(f"{run} has no folder {name} with an adapter, nor has default beside it")
+    if art.read_json(own[0] / "args.json").get("model") != art.SMALL_TOY:
+        raise art.UserError(f"{own[0]} has another base model than {art.SMALL_TOY}")
+    train = {art.question_hash(record) for record in art.read_jsonl(data / "train.jsonl", "")}
+    others = {*(own[0] / "questions.txt").read_text("utf-8").split()} - train
+    if others:
+        raise art.UserError(f"{own[0]} was trained on {len(others)} questions that are not in this "
+                            "student's data")
+    shutil.copytree(own[0], marked / name)
+
+
+def evaluate(args, handed_in, folder):
     """results.json of the handed-in adapters on the data of a student."""
-    data, runs = folder / "data", folder / "runs"
-    secret = ["--test-seed", test_seed] if test_seed is not None else []
-    command("data/toy/prepare.py", "--student", student, "--out", data / "toy", *secret)
+    data, shared = folder / "data/toy", folder / "runs/toy"
+    secret = ["--test-seed", args.test_seed] if args.test_seed is not None else []
+    command("data/toy/prepare.py", "--student", args.student, "--out", data, *secret)
     for name in ("asker", "truster"):
-        if not (run / name / "args.json").is_file():
-            raise art.UserError(f"{run} has no folder {name} with an adapter")
-        shutil.copytree(run / name, runs / "toy/marked" / name)
-    limits = ["--limit", limit] if limit else []
-    command("evaluate.py", "--data", data, "--runs", runs, "--run", "marked", *limits)
-    return art.read_json(runs / "toy/marked/results.json")
+        copy_adapter(args.run, name, data, shared / "marked")
+    art.write(shared / "llm.json", handed_in["settings"])
+    limits = ["--limit", args.limit] if args.limit else []
+    command("evaluate.py", "--data", data.parent, "--runs", shared.parent, "--run", "marked",
+            *limits)
+    return art.read_json(shared / "marked/results.json")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the handed-in folder of a run")
-    parser.add_argument("--student", type=int, required=True, help="the student's number")
-    parser.add_argument("--test-seed", type=int, help="other test questions (default: the student's)")
-    parser.add_argument("--limit", type=int, help="only the first questions, for a try")
+    parser.add_argument("--student", type=int, required=True, help="the student's number, from 1")
+    parser.add_argument("--test-seed", type=int,
+                        help="seed of the test questions (default: the student's number)")
+    parser.add_argument("--limit", type=int, help="only the first questions, to try it")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        found = evaluate(args.run, Path(folder), args.student, args.test_seed, args.limit)
     handed_in = art.read_json(args.run / "results.json")
+    if handed_in.get("settings", {}).get("model") != art.TOY:
+        raise art.UserError(f"{args.run / 'results.json'} is missing, or is not a run of the toy")
+    with tempfile.TemporaryDirectory() as folder:
+        found = evaluate(args, handed_in, Path(folder))
 
     def accuracy(results):
-        return {row["row"]: row["accuracy"] for row in results.get("rows", [])}
+        return {row["row"]: row["accuracy"] for row in results["rows"]}
 
-    ours, theirs = accuracy(found), accuracy(handed_in)
-    off = [abs(ours[row] - theirs[row]) for row in ours.keys() & theirs.keys()]
-    print(json.dumps({"student": args.student, "n": found["n"], "rows": ours,
-                      "art_vs": found["art_vs"], "handed_in": theirs,
-                      "largest_difference": max(off, default=None)}, indent=1))
+    marked = {"student": args.student, "n": found["n"], "rows": accuracy(found),
+              "art_vs": found["art_vs"]}
+    if args.test_seed is None:
+        ours, theirs = marked["rows"], accuracy(handed_in)
+        off = [abs(ours[row] - theirs[row]) for row in ours.keys() & theirs.keys()]
+        marked |= {"handed_in": theirs, "largest_difference": max(off)}
+    print(json.dumps(marked, indent=1))
 
 
 if __name__ == "__main__":
