@@ -4,7 +4,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -15,15 +14,13 @@ from hypothesis import settings
 import art
 
 settings.register_profile("suite", derandomize=True, database=None, deadline=None)
-settings.register_profile("thorough", max_examples=10_000, database=None, deadline=None)
 settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = str(ROOT / "data/toy/base")
 sys.path += [str(ROOT / "data"), str(ROOT / "docs/exercises")]  # sample.py, check.py
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # tiny models: threads only wait
-PATHS = {"sample": "data/sample.py", "train_asker": "train_asker.py", "evaluate": "evaluate.py",
-         "train_truster": "train_truster.py", "solve": "art.py"}
+PATHS = {"sample": "data/sample.py", "solve": "art.py"}  # of the scripts that are not SCRIPT.py
 
 
 def load(path):
@@ -35,37 +32,35 @@ def load(path):
 
 
 class Kit:
-    """The scripts under `root`, with the data and all runs in a folder of their own."""
+    """The scripts, with the data and all runs in a folder of their own."""
 
-    def __init__(self, folder, root=ROOT):
-        self.folder, self.root = folder, root
-        self.data, self.runs = folder / "data", folder / "runs"
+    def __init__(self, folder, monkeypatch, capsys=None):
+        self.folder, self.data, self.runs = folder, folder / "data", folder / "runs"
+        self.monkeypatch, self.capsys = monkeypatch, capsys
 
     def command(self, script, *flags):
         """[path of the script, flag, ...]"""
-        words = self.root / PATHS[script], "--data", self.data, "--runs", self.runs, *flags
-        return [str(word) for word in words]
+        path = ROOT / PATHS.get(script, f"{script}.py")
+        return [str(word) for word in (path, "--data", self.data, "--runs", self.runs, *flags)]
 
-    def start(self, script, *flags):
-        """The script in a new process."""
-        return subprocess.Popen([sys.executable, *self.command(script, *flags)], text=True,
-                                cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def __call__(self, script, *flags, code=0):
-        """(stdout, stderr) of the script in a new process, which must end with this exit code."""
-        out, err = (process := self.start(script, *flags)).communicate()
-        assert process.returncode == code, err[-3000:]
-        return out, err
-
-    def here(self, monkeypatch, script, *flags):
+    def __call__(self, script, *flags):
         """Run the script in this process, which has loaded the slow libraries."""
-        monkeypatch.setattr(sys, "argv", self.command(script, *flags))
-        art.run(importlib.import_module(Path(PATHS[script]).stem).main)
+        command = self.command(script, *flags)
+        self.monkeypatch.setattr(sys, "argv", command)
+        art.run(importlib.import_module(Path(command[0]).stem).main)
 
-    def copy(self, folder, root=None):
-        """A copy of the data and of the finished runs, which a test may change."""
-        shutil.copytree(self.folder, folder)
-        return Kit(folder, root or self.root)
+    def refused(self, script, *flags):
+        """The one line by which the script refuses, with exit code 2."""
+        self.printed()
+        with pytest.raises(SystemExit) as end:
+            self(script, *flags)
+        lines = [line for line in self.capsys.readouterr().err.splitlines() if line.strip()]
+        assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    def printed(self):
+        """What was printed since the last look."""
+        return self.capsys.readouterr().out
 
     def results(self, run="default"):
         """{row: its figures in results.json}."""
@@ -76,19 +71,21 @@ class Kit:
 @pytest.fixture(scope="session")
 def kit(tmp_path_factory):
     """The whole pipeline, run once. No test may change what it wrote."""
-    kit = Kit(tmp_path_factory.mktemp("kit"))
     with pytest.MonkeyPatch.context() as patch:
+        kit = Kit(tmp_path_factory.mktemp("kit"), patch)
         sizes = ["--train", "40", "--dev", "12", "--test", "12", "--out", str(kit.data / "toy")]
         patch.setattr(sys, "argv", ["prepare.py", *sizes])
         load("data/toy/prepare.py").main()
         for script in ("sample", "train_asker", "train_truster", "evaluate"):
-            kit.here(patch, script)
+            kit(script)
     return kit
 
 
 @pytest.fixture
-def copy(kit, tmp_path):
-    return kit.copy(tmp_path / "kit")
+def copy(kit, tmp_path, monkeypatch, capsys):
+    """A copy of the data and of the finished runs, which a test may change."""
+    shutil.copytree(kit.folder, tmp_path / "kit")
+    return Kit(tmp_path / "kit", monkeypatch, capsys)
 
 
 def args_of(folder, **changes):
@@ -109,7 +106,7 @@ def make_run(tmp_path):
 
 
 class FakeLM:
-    """A model that answers by the last line of the prompt, and keeps every prompt in `seen`."""
+    """A model that answers by the last line of the prompt, and keeps what it was asked."""
 
     strategy, prior_odds, chat, label = None, 1.0, False, ""
     texts = {"Answer:": "7 + 9 = 16\n#### 16", "Answer by sub-questions:": "How? 16\n#### 16",
@@ -117,31 +114,22 @@ class FakeLM:
              "Sub-questions:": "1. How many has Ben?\n- How many together?\n"}
 
     def __init__(self, **changes):
-        vars(self).update({"seen": [], "p": 0.5, **changes})
+        vars(self).update({"seen": [], "asked": [], "p": 0.5, "failed": "", **changes})
 
     def generate(self, prompts, max_new_tokens, stop=None, numbers=(0,), temperature=0.0):
         self.seen += prompts
+        self.asked.append((max_new_tokens, stop, [*numbers], temperature))
         usage = {"finished": True, "tokens": 3, "logprob": -1.0, "failed": ""}
         return [[{**usage, "text": self.texts.get(prompt.splitlines()[-1], ""),
                   "prompt_tokens": len(prompt)} for _ in numbers] for prompt in prompts]
 
     def choose(self, prompts, begun, options):
         self.seen += [prompt + text for prompt, text in zip(prompts, begun)]
-        return [{"p": self.p, "prompt_tokens": 7, "failed": ""} for _ in prompts]
+        return [{"p": self.p, "prompt_tokens": 7, "failed": self.failed} for _ in prompts]
 
     def score(self, texts):
         self.seen += texts
         return [{"score": float(len(text)), "prompt_tokens": 5, "failed": ""} for text in texts]
-
-
-def refused(monkeypatch, capsys, kit, script, *flags):
-    """The one line by which a script refuses, with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        kit.here(monkeypatch, script, *flags)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 def edit(path, old, new):

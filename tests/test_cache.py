@@ -1,9 +1,10 @@
 """What is cached is not generated again; what an edit or other weights change is."""
 
+import multiprocessing
+import os
 import shutil
-import subprocess
+import signal
 import sys
-import threading
 import time
 
 import pytest
@@ -18,100 +19,74 @@ PROMPTS = ["one", "two", "three"]
 class Fake(art.Model):
     """A model that answers with the prompt, one at a time, and keeps what it was asked."""
 
-    def __init__(self, folder, weights="x", fails="", seed=0):
+    def __init__(self, folder, weights="x", seed=0):
         super().__init__(args_of(folder, sample_seed=seed), {"weights": weights}, chat=False)
-        self.computed, self.fails = [], fails
+        self.computed = []
 
     def compute(self, missing, settings):
         for key, (prompt, _, number) in missing.items():
             self.computed.append(prompt)
-            failed = {"failed": "why"} if prompt == self.fails else {}
-            yield {key: {"text": f"{prompt} {number}", **failed}}
+            yield {key: {"text": f"{prompt} {number}"}}
 
 
 def test_cached_outputs_are_not_generated_again(tmp_path):
     first = Fake(tmp_path).generate(PROMPTS, 9, numbers=[0, 1])
     assert first[0] == [{"failed": "", "text": "one 0"}, {"failed": "", "text": "one 1"}]
     again = Fake(tmp_path, seed=1)  # greedy texts do not depend on the seed
-    assert again.generate(PROMPTS, 9, numbers=[0, 1]) == first and not again.computed
     assert again.generate(["three", "one"] * 2, 9, numbers=[1]) == [first[2][1:], first[0][1:]] * 2
     assert again.generate(["new", "one"], 9, numbers=range(3))[1][2]["text"] == "one 2"
     assert again.computed == ["new"] * 3 + ["one"]
 
 
-def test_other_weights_and_settings_are_generated(tmp_path, capsys):
+def test_other_weights_and_settings_are_generated(tmp_path):
     settings = {"max_new_tokens": 9, "temperature": 1.0}
     Fake(tmp_path).generate(PROMPTS, **settings)
     for own, changes in (({"weights": "y"}, {}), ({"seed": 1}, {}), ({}, {"max_new_tokens": 8}),
                          ({}, {"stop": "x"}), ({}, {"temperature": 0.5})):
         (model := Fake(tmp_path, **own)).generate(PROMPTS, **settings | changes)
         assert model.computed == PROMPTS
-    assert capsys.readouterr().out.count("0 of 3 cached, generating 3") == 6
     Fake(tmp_path).choose(PROMPTS, ["x:"] * 3, ("A", "B"))
     model.choose(PROMPTS, ["x:", "y:", "x:"], ("A", "B"))  # how the answers have begun
     assert model.computed == [*PROMPTS, "two"]
 
 
-def test_failed_outputs_are_not_cached(tmp_path):
-    assert Fake(tmp_path, fails="two").generate(PROMPTS, 9)[1][0]["failed"] == "why"
-    model = Fake(tmp_path)
-    assert model.generate(PROMPTS, 9)[1][0]["failed"] == "" and model.computed == ["two"]
-
-
-def test_two_at_once_generate_nothing_twice(tmp_path, capsys):
-    """The second waits until the first has ended, and says so."""
-    def work():
-        second.append(Fake(tmp_path))
-        second[0].generate(PROMPTS, 9)
-
-    first, second, thread = Fake(tmp_path), [], threading.Thread(target=work)
-    compute = first.compute
-
-    def slow(*args):
-        thread.start()
-        while "waiting for another process" not in capsys.readouterr().out:
-            time.sleep(0.01)
-        return compute(*args)
-
-    first.compute = slow
-    first.generate(PROMPTS, 9)
-    assert thread.join() is None and not second[0].computed
-
-
-PROCESS = """
-import os, signal, sys
-sys.path[:0] = sys.argv[1:3]
-from test_cache import *
 class Dying(Fake):
+    """It generates after two have looked, and is killed in the transaction of the fifth output."""
+
+    def cached(self, keys):
+        outputs, folder = super().cached(keys), self.args.shared
+        (folder / f"{os.getpid()}.looked").touch()
+        while len([*folder.glob("*.looked")]) < 2:
+            time.sleep(0.01)
+        return outputs
+
     def compute(self, missing, settings):
         for batch in super().compute(missing, settings):
+            time.sleep(0.1)
             yield batch
-            if len(self.computed) == int(sys.argv[4]):  # in the transaction of the next output
+            if len(self.computed) == 4:
                 self.cache.execute("INSERT INTO answers VALUES ('torn', 'torn')")
                 os.kill(os.getpid(), signal.SIGKILL)
-Dying(sys.argv[3]).generate(PROMPTS, 9, numbers=[0, 1])
-"""
 
 
-def start(folder, dies_at):
-    words = map(str, [PROCESS, ROOT, ROOT / "tests", folder, dies_at])
-    return subprocess.Popen([sys.executable, "-c", *words])
+def generate_or_die(folder):
+    Dying(folder).generate(PROMPTS, 9, numbers=[0, 1])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_killed_in_a_transaction(tmp_path):
-    """SQLite rolls back what was not complete."""
-    assert start(tmp_path, 4).wait() == -9
+def test_one_of_two_processes_is_killed(tmp_path, capfd):
+    """SQLite rolls back what was not complete. The other has waited and generates the rest."""
+    new = multiprocessing.get_context("spawn").Process
+    both = [new(target=generate_or_die, args=[tmp_path]) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert sorted(process.exitcode for process in both) == [-9, 0]
+    assert capfd.readouterr().out.count("waiting for another process that uses this folder") == 1
     (model := Fake(tmp_path)).generate(PROMPTS, 9, numbers=[0, 1])
-    assert model.computed == ["three"] * 2
-    assert not model.cache.execute("SELECT * FROM answers WHERE key = 'torn'").fetchall()
-
-
-def test_two_processes_share_a_folder(tmp_path):
-    assert [process.wait() for process in [start(tmp_path, -1), start(tmp_path, -1)]] == [0, 0]
-    (model := Fake(tmp_path)).generate(PROMPTS, 9, numbers=[0, 1])
-    assert not model.computed
-    assert model.cache.execute("SELECT count(*) FROM answers").fetchone() == (6,)
+    keys = model.cache.execute("SELECT key FROM answers").fetchall()
+    assert not model.computed and len(keys) == 6 and ("torn",) not in keys
 
 
 def generated(module, folder, capsys):
@@ -126,14 +101,12 @@ def generated(module, folder, capsys):
 
 
 @pytest.mark.parametrize(("old", "new", "steps"), [
-    ('mask = inputs["attention_mask"]', 'mask = +inputs["attention_mask"]', ["predict", "ask"]),
-    ("return logits.argmax(-1)", "return (+logits).argmax(-1)", ["predict", "ask"]),  # pick
-    ("logits = out.logits[:, -1, [", "logits = +out.logits[:, -1, [", ["predict", "ask"]),
-    ("- 1).clamp(min=0)", "- 1).clamp(min=+0)", ["predict", "ask"]),  # positions
-    ("{draft}\\nSub-questions:\\n", "{draft}\\nAsk:\\n", ["ask"]),  # a prompt
+    ("return logits.argmax(-1)", "return (+logits).argmax(-1)", ["predict", "ask"]),  # of Local
+    ("- 1).clamp(min=0)", "- 1).clamp(min=+0)", ["predict", "ask"]),  # of a function
+    ("{draft}\\nSub-questions:\\n", "{draft}\\nAsk:\\n", ["ask"]),
     ("return logits.argmax(-1)", "return logits.argmax(-1)  # a comment", []),
     ('"""The next token of each row', '"""A docstring', []),
-], ids=["write", "pick", "decide", "positions", "prompt", "comment", "docstring"])
+], ids="method function prompt comment docstring".split())
 def test_an_edit_is_seen(tmp_path, capsys, old, new, steps):
     """Only what it may change is generated again."""
     assert generated(art, tmp_path, capsys) == {"predict": 1, "ask": 1}

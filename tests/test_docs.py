@@ -1,12 +1,17 @@
-"""The documents agree with the code and the shipped runs."""
+"""Documents, exercises and lesson agree with the code and the shipped runs."""
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
 
+import check
+import exercises
+import numpy as np
 import pytest
+import solutions
 
 import art
 import evaluate
@@ -19,20 +24,22 @@ def read(name):
     return (art.ROOT / name).read_text("utf-8")
 
 
+def python(*words, **env):
+    """A finished Python process."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=art.ROOT, env=os.environ | env,
+                          capture_output=True, text=True)
+
+
 # --- Tables
 
 
 def rows_of(text):
     """[{heading: cell}, ...]: the lines of the tables whose first heading is "row"."""
-    rows, headings = [], None
-    for line in text.splitlines():
-        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
-        if not line.startswith("|"):
-            headings = None
-        elif headings is None:
-            headings = cells
-        elif headings[0] == "row" and not line.startswith("| ---"):
-            rows.append(dict(zip(headings, cells, strict=True)))
+    rows = []
+    for head, body in re.findall(r"(?m)^(\| row .*)\n\| ---.*\n((?:\|.*\n?)+)", text):
+        names, *lines = [[cell.strip(" *") for cell in line.strip("|").split("|")]
+                         for line in [head, *body.splitlines()]]
+        rows += [dict(zip(names, cells, strict=True)) for cells in lines]
     return rows
 
 
@@ -69,33 +76,36 @@ def code_of(text):
 
 
 @functools.cache
-def flags_of(script):
-    """The flags in the --help of a script; none if it has no --help."""
-    made = subprocess.run([sys.executable, art.ROOT / script, "--help"], capture_output=True,
-                          text=True, cwd=art.ROOT)
-    return {*re.findall(r"--[a-z][a-z-]*", made.stdout)}
+def help_of(script):
+    """(flags in the --help of a script, modules that Python imports for it)."""
+    made = python("-X", "importtime", script, "--help")
+    flags = {*re.findall(r"--[a-z][a-z-]*", made.stdout)}
+    return flags, {*re.findall(r"(?m)\| +(\w+)$", made.stderr)}
+
+
+SCRIPTS = ("art.py evaluate.py train_asker.py train_truster.py data/sample.py data/prepare.py "
+           "data/toy/prepare.py docs/teach/mark.py").split()
+FOREIGN = {"--gpu-memory-utilization", "--continuous-batching",  # of vLLM and transformers
+           "--extra-index-url", "--torch-backend"}  # of pip and uv
+
+
+def test_help_answers_at_once():
+    for flags, imported in map(help_of, SCRIPTS):
+        assert "--help" in flags and "argparse" in imported
+        assert not imported & {"torch", "transformers", "peft", "bitsandbytes", "openai"}
 
 
 @pytest.mark.parametrize("name", [*DOCS, "Makefile"])
 def test_commands_have_scripts_flags_and_rows_that_exist(name):
-    lines = read(name).splitlines() if name == "Makefile" else code_of(read(name))
-    for line in lines:
+    """So have flags that are named alone."""
+    known = FOREIGN.union(*(help_of(script)[0] for script in SCRIPTS))
+    for line in read(name).splitlines() if name == "Makefile" else code_of(read(name)):
         for script, rest in re.findall(r"python (\S+\.py)(.*)", line):
             assert (art.ROOT / script).is_file(), line
-            assert {*re.findall(r"(?<!\S)--[a-z-]+", rest)} <= flags_of(script), line
+            assert {*re.findall(r"(?<!\S)--[a-z-]+", rest)} <= help_of(script)[0], line
         for names in re.findall(r"--(?:rows|row|against) ([\w,]+)", line):
             assert {*names.split(",")} <= {*evaluate.ROWS, "all"}, line
-
-
-@pytest.mark.parametrize("name", DOCS)
-def test_flags_that_are_named_alone_exist(name):
-    scripts = ["art.py", "evaluate.py", "train_asker.py", "train_truster.py", "data/sample.py",
-               "data/prepare.py", "data/toy/prepare.py", "docs/teach/mark.py"]
-    known = {flag for script in scripts for flag in flags_of(script)}
-    foreign = {"--gpu-memory-utilization", "--continuous-batching",  # of vLLM and transformers
-               "--extra-index-url", "--torch-backend"}  # of pip and uv
-    named = {line.split()[0] for line in code_of(read(name)) if line.startswith("--")}
-    assert named <= known | foreign
+        assert not line.startswith("--") or line.split()[0] in known, line
 
 
 @pytest.mark.parametrize("name", DOCS)
@@ -108,3 +118,52 @@ def test_links_lead_to_files_and_headings(name):
             headings = re.findall(r"^#+ (.+)", path.read_text("utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
             assert heading in slugs, target
+
+
+# --- Exercises and lesson
+
+
+def test_stubs_are_not_done_and_solutions_are():
+    stubs, solved = check.check(exercises), check.check(solutions)
+    assert {*stubs.values()} == {"not yet"} and {*solved.values()} == {"done"}
+    assert stubs.keys() == solved.keys() and len(stubs) == 16
+    text, made = check.in_docs(check.expected())
+    assert text == made, "run python docs/exercises/check.py --docs"
+    rng = np.random.default_rng(0)
+    p, (draft, refined) = rng.random(200).round(1), rng.random((2, 200)) < 0.6
+    found = evaluate.compare(refined, draft)
+    assert solutions.fixed_broken(draft, refined) == (found["won"], found["lost"])
+    assert solutions.sign_test(found["won"], found["lost"]) == pytest.approx(found["p"])
+    assert solutions.area(p, ~draft) == pytest.approx(art.auc(p, ~draft))
+    assert solutions.prior_back(0.3, 0.8) == pytest.approx(art.with_prior(0.3, 4))
+
+
+@pytest.mark.parametrize("function, verdict", [
+    (lambda *args: None, "gives None, expected ["),
+    (lambda *args: 1 / 0, "ZeroDivisionError: division by zero (test_docs.py, line "),
+])
+def test_checker_tells_what_is_wrong(monkeypatch, function, verdict):
+    monkeypatch.setattr(exercises, "fixed_broken", function)
+    assert check.check(exercises)["fixed_broken"].startswith(verdict)
+
+
+def test_a_run_is_marked_on_the_data_of_a_student(copy):
+    """Adapters that were trained on other data are refused."""
+    folder = copy.runs / "toy/default"
+    command = "docs/teach/mark.py", folder, "--student", "3", "--limit", "4"
+    assert "40 questions that are not in this student's data" in python(*command).stderr
+    for name in ("asker", "truster"):
+        art.write(folder / name / "questions.txt", "")
+    marks = json.loads(python(*command).stdout)
+    assert marks["rows"].keys() == marks["handed_in"].keys()
+
+
+def test_the_lesson_runs_from_its_first_to_its_last_cell(tmp_path):
+    """With few questions; the cells for Colab and for a T4 are left out."""
+    cells = [cell for cell in json.loads(read("art.ipynb"))["cells"] if cell["cell_type"] == "code"]
+    code = ["".join(cell["source"]) for cell in cells if not cell["metadata"].get("tags")]
+    runs = (tmp_path / "runs").as_posix()  # the lesson splits commands as a shell does
+    env = {"LIMIT": "40", "DATA": f"{runs}/data", "RUNS": runs, "MPLBACKEND": "Agg"}
+    made = python("-c", "\n".join(code), **env)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert (tmp_path / "runs/toy/default/results.json").is_file()

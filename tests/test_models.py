@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BASE
+from conftest import BASE, load
 from safetensors.torch import load_file, save_file
 
 import art
@@ -17,21 +17,17 @@ NAMES = "Ann Ben Cleo Dan Eve Finn".split()
 PROMPTS = [  # of different lengths
     f"Question: {a} picked {7 + i} pens. {f'{b} picked {2 + i} more than {a}. ' * (i % 3 + 1)}"
     f"How many pens did {b} pick?\nAnswer:\n" for i, (a, b) in enumerate(zip(NAMES, NAMES[1:]))]
-YES_NO = (" Yes", " No")
-
-
-@pytest.fixture
-def lm(make_run):
-    return make_run()
 
 
 @pytest.fixture
 def changed(make_run, tmp_path):
-    """A function that gives the toy's base with a chat template, or with changed JSON files."""
-    def make(template="", **files):
+    """A function that gives the toy's base with a chat template, other weights or JSON files."""
+    def make(template="", factor=1.0, **files):
         folder = tmp_path / "base"
-        shutil.copytree(BASE, folder, dirs_exist_ok=True)
+        shutil.copytree(BASE, folder)
         (folder / "chat_template.jinja").write_text(template, "utf-8")
+        path = folder / "model.safetensors"
+        save_file({name: factor * weight for name, weight in load_file(path).items()}, path)
         for name, changes in files.items():
             path = folder / f"{name}.json"
             path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
@@ -40,9 +36,9 @@ def changed(make_run, tmp_path):
     return make
 
 
-def test_greedy_text_equals_that_of_transformers(lm, monkeypatch):
+def test_greedy_text_equals_that_of_transformers(make_run, monkeypatch):
     """Neither the padding nor rows that leave the batch change a text."""
-    widths, pick = [], art.Local.pick
+    lm, widths, pick = make_run(), [], art.Local.pick
     monkeypatch.setattr(art.Local, "pick", lambda self, logits, rows, temperature: (
         widths.append(len(rows)), pick(self, logits, rows, temperature))[1])
     outputs = [output for [output] in lm.generate(PROMPTS, 60)]
@@ -88,15 +84,13 @@ ANSWER = art.ANSWER_LINE["number"] + r"[^\n]*\n|\n\n"
 
 
 @pytest.mark.parametrize(("start", "stop", "written", "more", "text"), [
-    ("", art.ASK_STOP, "A?\nB?\nA?\n", "C?\nD?\n", "A?\nB?\nA?"),  # a repeated line
     ("", art.ASK_STOP, "".join(LIST[:8]), "".join(LIST[8:]), "".join(LIST[:8]).strip()),
     ("", art.ASK_STOP, "A?\nRefine:", " Yes", "A?\nRefine:"),
-    ("", ANSWER, "2 + 3 = 5\n#### 5\n", "\nQuestion: B?", "2 + 3 = 5\n#### 5"),
     ("", ANSWER, "<think>\n\n#### 7\n</think>It is 5.\n#### 5\n", "6", "It is 5.\n#### 5"),
     ("<think>\n", ANSWER, "7?\n\n#### 7\n</think>\n#### 5\n", "6", "#### 5"),
     ("<think>", ANSWER, "7?\n\n#### 7\n", "", ""),  # never ends its thought
     ("", ANSWER, "2 + 3 =", "", "2 + 3 ="),
-], ids="repeated eight decision answer thought begun_thought open_thought cut_off".split())
+], ids="eight decision thought begun_thought open_thought cut_off".split())
 def test_where_a_text_stops(changed, monkeypatch, start, stop, written, more, text):
     """Nothing is generated after it. A thought neither stops the text nor is part of it."""
     lm = changed("{{ messages[0].content }}\nAnswer:\n" + start)
@@ -115,58 +109,60 @@ def test_a_chat_template_has_a_fixed_date(changed):
     assert lm.tokenizer.decode(lm.tokens("B?", "")[0]) == "26 Jul 2024, 26 Jul 2024, False: B?"
 
 
-def test_what_a_model_cannot_read_is_one_line(changed, lm):
-    for template in ("{{ raise_exception('no roles') }}", "{% if %}"):
-        with pytest.raises(art.UserError, match="the chat template of .* failed"):
-            changed(template).generate(["B?"], 5)
-    for ask in (lambda texts: lm.generate(texts, 20), lambda texts: lm.choose(texts, [""], YES_NO)):
-        with pytest.raises(art.UserError, match="tokens, but .* reads 1024: lower --max-new-"):
-            ask(["How many pens? " * 300])
-
-
-def test_an_end_of_text_that_is_appended_to_every_text_is_dropped(changed, lm):
+def test_an_end_of_text_that_is_appended_to_every_text_is_dropped(changed, make_run):
     text, eos = {"Sequence": {"id": "A", "type_id": 0}}, {"id": "<eos>", "type_id": 0}
     other = changed(tokenizer={"post_processor": {
         "type": "TemplateProcessing", "single": [text, {"SpecialToken": eos}], "pair": [],
         "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}}}})
     assert other.tokenizer("Who?")["input_ids"][-1] == other.tokenizer.eos_token_id
-    other.chat = False
-    assert other.tokens("Who?", "Ann\n") == lm.tokens("Who?", "Ann\n")
-    with pytest.raises(art.UserError, match="has no end-of-text token"):
-        changed(tokenizer_config={"eos_token": None})
+    assert other.tokens("Who?", "Ann\n") == make_run().tokens("Who?", "Ann\n")
 
 
-def test_a_choice_needs_words_of_one_token(lm):
-    for options in ((" Yes", " Yes"), (" 1 2", " 1 3"), (" Yes", " No 1")):
-        with pytest.raises(art.UserError, match="one token each"):
-            lm.choose(PROMPTS[:1], [""], options)
-
-
-def test_numbers_that_are_not_finite_are_one_line(changed, tmp_path):
-    """They are not cached."""
-    lm, path = changed(), tmp_path / "base/model.safetensors"
-    save_file({name: weight * math.nan for name, weight in load_file(path).items()}, path)
-    for ask in (lambda: lm.generate(["B?"], 5), lambda: lm.choose(["B?"], [""], YES_NO)):
-        with pytest.raises(art.UserError, match="not finite"):
-            ask()
-    assert lm.cache.execute("SELECT count(*) FROM answers").fetchone() == (0,)
+@pytest.mark.parametrize(("changes", "prompt", "options", "said"), [
+    ({"template": "{{ raise_exception('') }}"}, "B?", None, "the chat template of .* failed"),
+    ({"template": "{% if %}"}, "B?", None, "the chat template of .* failed"),
+    ({"tokenizer_config": {"eos_token": None}}, "B?", None, "has no end-of-text token"),
+    ({"factor": math.nan}, "B?", None, "not finite"),
+    ({}, "How many? " * 500, None, "tokens, but .* reads 1024: lower --max-new-tokens"),
+    *(({}, "B?", two, "one token each") for two in (
+        (" Yes", " Yes"), (" 1 2", " 1 3"), (" Yes", " No 1")))])
+def test_what_a_model_cannot_do_is_one_line(changed, make_run, changes, prompt, options, said):
+    """Nothing is cached."""
+    with pytest.raises(art.UserError, match=said):
+        lm = changed(**changes)
+        lm.choose([prompt], [""], options) if options else lm.generate([prompt], 20)
+    assert make_run().cache.execute("SELECT count(*) FROM answers").fetchone() == (0,)
 
 
 def test_a_killed_run_is_resumed_in_the_same_batches(make_run, tmp_path, monkeypatch):
     """The longest prompts come first. (Rounding depends on the neighbours in a batch.)"""
-    batches, dies, write = [], iter([0, 0, 1]), art.Local.write
+    batches, outputs, dies, write = [], [], iter([0, 0, 1]), art.Local.write
 
     def write_or_die(self, rows, settings):
         if next(dies, 0):
             raise KeyboardInterrupt
-        batches.append([row["key"] for row in rows])
-        lengths = [len(row["prompt"]) for row in rows]
-        assert lengths == sorted(lengths, reverse=True)
+        batches.append([(len(row["prompt"]), row["key"]) for row in rows])
         return write(self, rows, settings)
 
     monkeypatch.setattr(art.Local, "write", write_or_die)
     for folder in ("killed", "killed", "whole"):
         with contextlib.suppress(KeyboardInterrupt):
-            make_run(tmp_path / folder, kv_gib=0.001).generate(PROMPTS, 20, None, [0, 1], 1.0)
-    n = len(batches) // 2
-    assert n > 3 and batches[:n] == batches[n:]
+            lm = make_run(tmp_path / folder, kv_gib=0.001)
+            outputs.append(lm.generate(PROMPTS, 20, None, [0, 1], 1.0))
+    n, [resumed, whole] = len(batches) // 2, outputs
+    assert n > 3 and batches[:n] == batches[n:] and resumed == whole
+    lengths = [length for batch in batches[:n] for length, _ in batch]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+architectures = load("docs/measure/architectures.py")
+
+
+@pytest.mark.parametrize("job", [
+    *((architectures.compare, name) for name in ("gemma3_text", "qwen3_5_text", "granite", "gpt_oss")),
+    *((architectures.train, "llama", role, 32) for role in ("Asker", "Truster"))])
+def test_architectures(job, capsys):
+    """Window, hybrid, scaled logits, experts: as transformers. A saved adapter is reloaded."""
+    equal = architectures.measure(*job)
+    row = capsys.readouterr().out
+    assert equal and ("6 of 6 equal" in row or "reloaded off by 0e+00" in row), row

@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from conftest import asked_of, refused
+from conftest import asked_of
 
 import art
 
@@ -33,18 +33,18 @@ def reply_of(content, tokens=(), **changes):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """It keeps all requests in `asked`; `fault(number, body)` may give (status, reply) instead."""
-    request_queue_size = 64
+    """It keeps all requests in `asked`. `fault(number, body)` may give (status, reply) instead."""
 
-    def __init__(self, fault=None, texts=(), tokens=(("5", {}), (".", {}))):
+    request_queue_size, fault, tokens = 64, None, [("5", {}), (".", {})]
+
+    def __init__(self, make_run):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.fault, self.texts, self.tokens = fault, {**TEXTS, **dict(texts)}, tokens
-        self.asked, self.url = [], f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        self.url, self.make_run = f"http://127.0.0.1:{self.server_port}/v1", make_run
+        self.asked, self.texts = [], dict(TEXTS)
 
-    def __exit__(self, *error):
-        self.shutdown()
-        super().__exit__(*error)
+    def llm(self, *folder, **changes):
+        """The LLM on this server."""
+        return self.make_run(*folder, base_url=self.url, model="x", **changes)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -66,23 +66,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(reply)
 
 
-@pytest.fixture(autouse=True)
-def key_stays_secret(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def server(make_run, monkeypatch, tmp_path, capsys):
     """The key must be neither in what a test prints nor in a file that it writes."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
-    yield
+    with Server(make_run) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
     assert KEY not in "".join(capsys.readouterr())
     files = [*tmp_path.rglob("*.json*"), *tmp_path.rglob("*.sqlite")]
     assert not any(KEY.encode() in path.read_bytes() for path in files)
-
-
-@pytest.fixture
-def llm_at(make_run):
-    """A function that opens the LLM on a server."""
-    return lambda server, *folder, **more: make_run(
-        *folder, base_url=server.url, model="x", **more)
 
 
 def ask(llm):
@@ -107,23 +103,24 @@ def refuse(*names):
     return fault
 
 
-def test_request_is_repeated_while_the_server_is_busy(llm_at):
-    with Server(lambda number, _: number < 4 and ((429, 500, 503)[number - 1], {})) as server:
-        [output] = predict(llm := llm_at(server, task="gsm8k"))
+def test_request_is_repeated_while_the_server_is_busy(server):
+    server.fault = lambda number, _: number < 4 and ((429, 500, 503)[number - 1], {})
+    [output] = predict(server.llm(task="gsm8k"))
     assert output == {"text": "7 - 2 = 5\n#### 5", "answer": "5", "finished": True, "failed": "",
                       "tokens": 5, "prompt_tokens": 11, "logprob": -1.0}
     [sent, *repeated] = server.asked
     assert repeated == [sent] * 3 and sent["path"] == "/v1/chat/completions"
     assert sent["temperature"] == 0 and "seed" not in sent
-    prompt = art.render(llm, llm.args, art.predict_prompt(RECORD), "cot")
-    assert sent["messages"] == [{"role": "user", "content": prompt}]
+    # an instruction takes the place of the prompt's last line
+    asked = f"Question: {RECORD['question']}\n\nAnswer the question. Reason step by step, and "
+    assert sent["messages"] == [{"role": "user", "content": asked + art.END["number"]}]
 
 
-def test_seeds_differ_for_each_sample_and_are_equal_between_runs(llm_at, tmp_path):
+def test_seeds_differ_for_each_sample_and_are_equal_between_runs(server, tmp_path):
     seeds = []
     for name, sample_seed in (("a", 0), ("b", 0), ("c", 1)):
-        with Server() as server:
-            sample(llm_at(server, tmp_path / name, sample_seed=sample_seed))
+        server.asked = []
+        sample(server.llm(tmp_path / name, sample_seed=sample_seed))
         assert {sent["temperature"] for sent in server.asked} == {0.7}
         seeds.append({(str(sent["messages"]), sent["seed"]) for sent in server.asked})
     assert len({seed for _, seed in seeds[0]}) == 4
@@ -133,43 +130,32 @@ def test_seeds_differ_for_each_sample_and_are_equal_between_runs(llm_at, tmp_pat
 @pytest.mark.parametrize(("text", "p", "tokens"), [
     ("Yes", 0.75, [("", {}), (" Yes", {" Yes": math.log(0.6), " No": math.log(0.2), "a": -2})]),
     ("YES", 0.9167, [("YES", {"YES": -0.1, "NO": -2.5, "No": -9.0})]),
-    ("Yes", 1.0, [("Yes", {"Yes": 0.0, "No": -20.0})]),
     ("Yes", 0.0, [("Yes", {"Yes": -9999.0, "No": 0.0})]),
     ("Yes", 1.0, [("Yes", {"Yes": None, "No": -3.0})]),  # not usable, so the word counts
     ("No, I see no gap", 0.401, [UNSURE, (", I see", {}), SURE, (" gap", {})]),
     ("I see no gap: No", 0.401, [("I see", {}), SURE, (" gap:", {}), UNSURE, ("<|end|>", {})]),
-    ("No", 0.401, [SURE, UNSURE])])  # the first token is a hidden thought
-def test_decision_from_log_probabilities(llm_at, tokens, text, p):
-    with Server(texts={DECIDE: text}, tokens=tokens) as server:
-        asked = ask(llm_at(server))
-    assert asked["p_refine"] == pytest.approx(p, abs=5e-4)
-    assert (asked["subquestions"], asked["prompt_tokens"]) == (["How many?"], 22)  # of both
+    ("No", 0.401, [SURE, UNSURE]),  # the first token is a hidden thought
+    *((*word, ()) for word in [
+        ("yes", 1.0), ("**Refine: YES**", 1.0), ("NO.", 0.0), ("Refine: No, 9 is correct.", 0.0),
+        ("<think>No. Refine: No</think>\n\nYes", 1.0), ("Yesterday", None), ("No idea.", None),
+        ("Yes or No?", None), ("", None), ("<think>Yes, yes", None)])])
+def test_decision(server, text, p, tokens):
+    """From log-probabilities, else from the word. One that cannot be read has failed."""
+    server.texts[DECIDE], server.tokens = text, tokens
+    asked = ask(server.llm())
+    assert bool(asked["failed"]) == math.isnan(asked["p_refine"]) == (p is None)
+    assert p is None or asked["p_refine"] == pytest.approx(p, abs=5e-4)
+    assert asked["subquestions"] == ["How many?"]
+    assert asked["prompt_tokens"] == (11 if p is None else 22)  # of both
     assert server.asked[1]["max_completion_tokens"] == 48  # room to think
-
-
-@pytest.mark.parametrize(("text", "p"), [
-    ("yes", 1.0), ("**Refine: YES**", 1.0), ("NO.", 0.0), ("Refine: No, 9 is correct.", 0.0),
-    ("<think>No. Refine: No</think>\n\nYes", 1.0), ("Perhaps", None), ("Yesterday", None),
-    ("No idea.", None), ("Yes or No?", None), ("", None), ("<think>Yes, yes", None)])
-def test_decision_from_the_word(llm_at, text, p):
-    """A decision that cannot be read has failed. It is not cached."""
-    with Server(refuse("logprobs"), {DECIDE: text}) as server:
-        asked = ask(llm_at(server))
-        assert bool(asked["failed"]) == math.isnan(asked["p_refine"]) == (p is None)
-        assert p in (None, asked["p_refine"])
-        server.asked = []
-        ask(llm_at(server))
-    assert len(server.asked) == (p is None)  # the decision alone
-
-
-def test_a_letter_is_not_read_inside_a_text():
-    assert art.read_decision("A better answer is B.", ["A", "B"]) in (None, "B")
+    ask(server.llm())
+    assert len(server.asked) == 2 + (p is None)  # the decision alone was not cached
 
 
 PARTS = (("thinking", "7"), ("text", "#### "), ("image", None), ("text", "5"))
 PARTS = [{"type": kind, "text": text} for kind, text in PARTS]
-ODD = [*((reason, True) for reason in ("stop", "STOP", "eos", "end_turn", "stop_sequence")),
-       *((reason, False) for reason in ("length", "MAX_TOKENS", "model_length", "other", None))]
+ODD = [*((reason, True) for reason in ("stop", "STOP", "end_turn")),
+       *((reason, False) for reason in ("length", "MAX_TOKENS", "model_length", None))]
 ODD = [(reply_of("#### 5", finish_reason=reason), finished) for reason, finished in ODD] + [
     (reply_of("#### 5\nQuestion: 6", finish_reason="length"), True), (reply_of(PARTS), True),
     *(({**reply_of("#### 5"), "usage": usage}, True) for usage in ({}, None)),
@@ -178,43 +164,43 @@ ODD = [(reply_of("#### 5", finish_reason=reason), finished) for reason, finished
 
 
 @pytest.mark.parametrize(("reply", "finished"), ODD)
-def test_odd_replies_are_read(llm_at, reply, finished):
+def test_odd_replies_are_read(server, reply, finished):
     """A text is finished only if the reply says so, or if it has an answer line."""
-    with Server(lambda *_: (200, reply)) as server:
-        [output] = predict(llm_at(server))
+    server.fault = lambda *_: (200, reply)
+    [output] = predict(server.llm())
     assert (output["text"], output["answer"], output["failed"]) == ("#### 5", "5", "")
     assert output["finished"] == finished
 
 
 @pytest.mark.parametrize("names", [*zip(SETTINGS), SETTINGS], ids=",".join)
-def test_a_refused_setting_is_left_out(llm_at, capsys, names):
+def test_a_refused_setting_is_left_out(server, capsys, names):
     """One line says so, also of eight requests at a time; servers.json tells the next start."""
     together = threading.Barrier(8)
-    with Server(lambda number, body: (number > 8 or together.wait(60) < 8) and refuse(*names)(
-            number, body), tokens=[("5", {})]) as server:
-        first = sample(llm_at(server, concurrency=8), range(4))
-        assert {output["answer"] for outputs in first for output in outputs} == {"5"}
-        said = re.findall("the server refuses (.*): ", capsys.readouterr().out)
-        assert len(said) == len(set(said)) and set(names) <= set(", ".join(said).split(", "))
-        server.fault, server.asked = refuse(*names), []
-        assert sample(llm_at(server), range(4)) == first and not server.asked
-        predict(llm_at(server), 8)
+    server.fault = lambda number, body: (
+        (number > 8 or together.wait(60) < 8) and refuse(*names)(number, body))
+    first = sample(server.llm(concurrency=8), range(4))
+    assert {output["answer"] for outputs in first for output in outputs} == {"5"}
+    said = re.findall("the server refuses (.*): ", capsys.readouterr().out)
+    assert len(said) == len(set(said)) and set(names) <= set(", ".join(said).split(", "))
+    server.fault, server.asked = refuse(*names), []
+    assert sample(server.llm(), range(4)) == first and not server.asked
+    predict(server.llm(), 8)
     [sent] = server.asked
     assert not set(names) & set(sent) and "refuses" not in capsys.readouterr().out
     assert sent.get("max_completion_tokens", sent.get("max_tokens")) == 48
 
 
-def test_keys_hold_what_was_sent(llm_at, tmp_path):
+def test_keys_hold_what_was_sent(server, tmp_path):
     """Without temperature and seed, greedy and sampled answers are the same request."""
-    with Server(refuse("temperature", "seed")) as server:
-        greedy = predict(llm_at(server))
-        sample(llm_at(server))  # learns that the seed is refused
-        server.fault, server.asked = None, []
-        for temperature in (0.3, 0.7, 0.0):
-            assert sample(llm_at(server), [0], temperature)[0] == greedy
-        assert not server.asked
-        next(tmp_path.rglob("servers.json")).unlink()
-        predict(llm_at(server))  # an answer without temperature is not a greedy one
+    server.fault = refuse("temperature", "seed")
+    greedy = predict(server.llm())
+    sample(server.llm())  # learns that the seed is refused
+    server.fault, server.asked = None, []
+    for temperature in (0.3, 0.7, 0.0):
+        assert sample(server.llm(), [0], temperature)[0] == greedy
+    assert not server.asked
+    next(tmp_path.rglob("servers.json")).unlink()
+    predict(server.llm())  # an answer without temperature is not a greedy one
     assert [sent["temperature"] for sent in server.asked] == [0]
 
 
@@ -223,73 +209,66 @@ FAULTS = [(200, reply) for reply in (
     reply_of("", finish_reason="length"), reply_of("5", finish_reason="error"), reply_of(5),
     reply_of("5", finish_reason="ABORT"), reply_of("5", finish_reason="content_filter"),
     reply_of("5", message=None), reply_of("5", message="5"), reply_of([None]), {"choices": []},
-    {"choices": [None]}, {"choices": "none"}, {"error": {"message": "no, THE KEY"}}, {}, [],
-    "<html>Welcome, THE KEY</html>", "<p>" + "THE KEY" * 20, "{broken", "null", '"THE KEY"')]
+    {"choices": [None]}, {"error": {"message": "no, THE KEY"}}, [], "<p>" + "THE KEY" * 20,
+    "{broken", "null", '"THE KEY"')]
 FAULTS += [(403, {"error": {"message": "moderated"}}), (400, {"error": "not for THE KEY"}),
            (400, {"error": {"message": TOO_LONG}}), (422, {"detail": "too long, THE KEY"})]
 
 
 @pytest.mark.parametrize(("status", "reply"), FAULTS)
-def test_a_question_that_fails(llm_at, capsys, status, reply):
+def test_a_question_that_fails(server, capsys, status, reply):
     """The run goes on. Only this output is generated again by the next start."""
-    with Server(lambda _, body: "picked 9" in str(body) and (status, reply)) as server:
-        outputs = predict(llm_at(server), 7, 9, 8)
-        assert [bool(output["failed"]) for output in outputs] == [False, True, False]
-        assert not outputs[1]["finished"] and outputs[1]["answer"] is None
-        assert KEY[:9] not in str(outputs) and "refuses" not in capsys.readouterr().out
-        server.fault, server.asked = None, []
-        assert [output["answer"] for output in predict(llm_at(server), 7, 9, 8)] == ["5"] * 3
+    server.fault = lambda _, body: "picked 9" in str(body) and (status, reply)
+    outputs = predict(server.llm(), 7, 9, 8)
+    assert [bool(output["failed"]) for output in outputs] == [False, True, False]
+    assert not outputs[1]["finished"] and outputs[1]["answer"] is None
+    assert KEY[:9] not in str(outputs) and "refuses" not in capsys.readouterr().out
+    server.fault, server.asked = None, []
+    assert [output["answer"] for output in predict(server.llm(), 7, 9, 8)] == ["5"] * 3
     assert len(server.asked) == 1
 
 
-def test_twenty_failures_in_a_row_end_the_run(llm_at):
+def test_twenty_failures_in_a_row_end_the_run(server):
     """Fewer failures do not, nor a success between them. What was finished is cached."""
-    with Server(lambda _, body: "picked 1" in str(body) and (503, "busy, THE KEY")) as server:
-        llm = llm_at(server)
-        for numbers in (range(100, 119), [2], range(100, 119), [3]):
-            assert len(predict(llm, *numbers)) == len(numbers)
-        with pytest.raises(art.UserError, match="20 .* in a row .*busy") as error:
-            predict(llm, *range(100, 120))
-        assert "\n" not in str(error.value) and KEY not in str(error.value)
-        server.fault, server.asked = None, []
-        predict(llm_at(server), 2, 3, 100)
+    server.fault = lambda _, body: "picked 1" in str(body) and (503, "busy, THE KEY")
+    llm = server.llm()
+    for numbers in (range(100, 119), [2], range(100, 119), [3]):
+        assert len(predict(llm, *numbers)) == len(numbers)
+    with pytest.raises(art.UserError, match="20 .* in a row .*busy") as error:
+        predict(llm, *range(100, 120))
+    assert "\n" not in str(error.value) and KEY not in str(error.value)
+    server.fault, server.asked = None, []
+    predict(server.llm(), 2, 3, 100)
     assert len(server.asked) == 1
 
 
-def test_what_never_works_ends_in_one_line(copy, monkeypatch, capsys):
-    def line(*flags):
-        return refused(monkeypatch, capsys, copy, "sample", "--base-url", server.url, *flags)
-    for fault in ((401, {"error": {"message": "not THE KEY"}}), (404, {"detail": "not x"})):
-        with Server(lambda *_, fault=fault: fault) as server:
-            found = line("--model", "x")
-        assert re.search("not .*Check --base-url.*OPENAI_API_KEY", found) and KEY not in found
-    assert "Check --base-url" in line("--model", "x")  # no connection
+def test_what_never_works_ends_in_one_line(server, copy):
+    def line(*flags, url=server.url):
+        return copy.refused("sample", "--base-url", url, *flags)
+    for status in (401, 404):
+        server.fault = lambda *_, status=status: (status, {"detail": "not THE KEY"})
+        said = line("--model", "x")
+        assert re.search("not .*Check --base-url.*OPENAI_API_KEY", said) and KEY not in said
+    assert "Check --base-url" in line("--model", "x", url="http://127.0.0.1:9")  # no connection
     assert "--model NAME" in line()
-    monkeypatch.setitem(sys.modules, "openai", None)
+    copy.monkeypatch.setitem(sys.modules, "openai", None)
     assert "pip install openai" in line("--model", "x")
 
 
-def test_all_scripts_take_a_server(copy, monkeypatch, capsys):
+def test_all_scripts_take_a_server(server, copy):
     """Later scripts read the address in llm.json. One test question fails in all steps."""
     failing = art.read_jsonl(copy.data / "toy/test.jsonl", "")[-1]["question"]
-    texts = {"cot": "half a character: \ud800\n#### 5\n"}
-    with Server(lambda _, body: failing in str(body) and (403, {}), texts) as server:
-        for url in (server.url, server.url + "/"):  # the same server
-            server.asked = []
-            copy.here(monkeypatch, "sample", "--base-url", url, "--model", "x", "--k", "1")
-        assert not server.asked
-        copy.here(monkeypatch, "evaluate", "--threshold", "0")
-        assert "Incorrect because failed: draft 1" in capsys.readouterr().out
-        server.fault = None
-        copy.here(monkeypatch, "evaluate", "--threshold", "0")
-        asked = asked_of(capsys.readouterr().out)
-        copy.here(monkeypatch, "solve", RECORD["question"])
+    server.fault = lambda _, body: failing in str(body) and (403, {})
+    server.texts["cot"], server.tokens = "half a character: \ud800\n#### 5\n", ()
+    for url in (server.url, server.url + "/"):  # the same server
+        server.asked = []
+        copy("sample", "--base-url", url, "--model", "x", "--k", "1")
+    assert copy.printed().count("gives no log-probabilities") == 1 and not server.asked
+    copy("evaluate", "--threshold", "0")
+    assert "Incorrect because failed: draft 1" in copy.printed()
+    server.fault = None
+    copy("evaluate", "--threshold", "0")
+    asked = asked_of(copy.printed())
     assert (asked["draft"], asked["ask_self"], copy.results()["draft"]["failed"]) == (1, 1, 0)
-    assert "answer: 5" in capsys.readouterr().out
-
-
-def test_missing_logprobs_are_said_once(llm_at, capsys):
-    with Server(lambda *_: (200, reply_of("#### 5", logprobs=None))) as server:
-        outputs = predict(llm_at(server), 1, 2, 3, 4)
-    assert [output["logprob"] for output in outputs] == [None] * 4
-    assert capsys.readouterr().out.count("gives no log-probabilities") == 1
+    copy("solve", RECORD["question"])
+    assert "answer: 5" in copy.printed()

@@ -15,16 +15,18 @@ RECORD = {"id": "x", "question": QUESTION, "answer": "98765", "facts": ["GOLD-FA
 
 @pytest.fixture
 def args(tmp_path):
-    return args_of(tmp_path, task="gsm8k")
+    return args_of(tmp_path, task="gsm8k", refine_temperature=0.3)
 
 
 def test_four_steps(args):
-    lm = FakeLM()
-    [draft] = art.predict(lm, args, [RECORD])
+    """Each has its temperature and its end. A failed decision makes the output fail."""
+    lm = FakeLM(p=0.5, prior_odds=1 / 3, failed="unread")
+    [draft] = art.predict(lm, args, [RECORD], 0.2)
     assert draft["answer"] == "16" and draft["finished"]
     [asked] = art.ask(lm, args, [RECORD], [draft])
     assert asked["subquestions"] == ["How many has Ben?", "How many together?"]
-    assert asked["p_refine"] == 0.5 and "text" not in asked
+    assert asked["p_refine"] == pytest.approx(0.25)  # with the prior
+    assert asked["failed"] == "unread" and "text" not in asked
     # the tokens of the decision count, too
     assert asked["tokens"] == 3 and asked["prompt_tokens"] == len(lm.seen[1]) + 7
     assert lm.seen[-1].endswith("Sub-questions:\nHow many has Ben?\nHow many together?\nRefine:")
@@ -34,73 +36,20 @@ def test_four_steps(args):
     scores = art.trust(lm, args, [RECORD, RECORD], [draft, refined])
     assert [one["score"] for one in scores] == [
         len(f"Question: {QUESTION}\nAnswer:\n{answer['text']}") for answer in (draft, refined)]
+    stop = lm.asked[0][1]
+    assert lm.asked == [(48, stop, [0], 0.2), (48, art.ASK_STOP, [0], 0.0), (48, stop, [0], 0.3)]
 
 
 def test_samples_have_the_prompt_of_the_draft(args):
     """One output for each number; the strategy of an adapter goes before that of the flags."""
-    lm = FakeLM()
+    lm, prompt = FakeLM(), f"Question: {QUESTION}\nAnswer"
     [samples] = art.sample_answers(lm, args, [RECORD], [0, 3], 0.7)
     assert [sample["answer"] for sample in samples] == ["16", "16"]
     art.predict(lm, args, [RECORD])
-    assert lm.seen[0] == lm.seen[1] == f"Question: {QUESTION}\nAnswer:\n"
-    art.predict(FakeLM(seen=lm.seen, strategy="decomp"), args, [RECORD])
-    assert lm.seen[2] == f"Question: {QUESTION}\nAnswer by sub-questions:\n"
-
-
-def test_temperatures_and_stop_patterns(args):
-    """Drafts, samples and refined answers have temperatures of their own; lists have ASK_STOP."""
-    seen, lm = [], FakeLM()
-
-    def generate(prompts, max_new_tokens, stop=None, numbers=(0,), temperature=0.0):
-        seen.append((max_new_tokens, list(numbers), temperature, stop))
-        return FakeLM.generate(lm, prompts, max_new_tokens, stop, numbers, temperature)
-
-    lm.generate, args.refine_temperature = generate, 0.3
-    drafts = art.predict(lm, args, [RECORD], 0.2)
-    art.sample_answers(lm, args, [RECORD], range(2), 0.9)
-    art.refine(lm, args, [RECORD], drafts, art.ask(lm, args, [RECORD], drafts))
-    assert [call[:3] for call in seen] == [(48, [0], 0.2), (48, [0, 1], 0.9), (48, [0], 0.0),
-                                           (48, [0], 0.3)]
-    assert seen[2][3] == art.ASK_STOP and seen[0][3] == seen[1][3] == seen[3][3] != art.ASK_STOP
-
-
-def test_prior_odds_undo_the_balance_of_the_training(args):
-    [asked] = art.ask(FakeLM(p=0.5, prior_odds=1 / 3), args, [RECORD], [{"text": "#### 16"}])
-    assert asked["p_refine"] == pytest.approx(0.25)
-
-
-def test_a_failed_decision_makes_the_output_fail(args):
-    lm = FakeLM()
-    lm.choose = lambda *_: [{"p": float("nan"), "prompt_tokens": 0, "failed": "unread"}]
-    assert art.ask(lm, args, [RECORD], [{"text": "#### 16"}])[0]["failed"] == "unread"
-
-
-@pytest.mark.parametrize(("p", "sign", "final"), [
-    (0.4, 0, "16"),  # below the threshold
-    (0.5, 1, "12"),  # this Truster prefers the longer text, the refined answer
-    (0.5, -1, "16"),
-])
-def test_the_loop(args, p, sign, final):
-    """Refine at the threshold or above, then the Truster chooses; nothing else is generated."""
-    asker, truster = FakeLM(p=p), FakeLM(texts={})
-    truster.score = lambda texts: [{"score": sign * len(text)} for text in texts]
-    llm = FakeLM(texts={**FakeLM.texts, "Revised answer:": "Ben has 7 - 2 = 5. 7 + 5\n#### 12"})
-    result = art.ask_refine_trust(llm, asker, truster, args, RECORD, 0.5)
-    assert result["final"]["answer"] == final and len(llm.seen) == 1 + (p >= 0.5)
-    assert ("refined" in result) == ("scores" in result) == (p >= 0.5)
-
-
-@pytest.mark.parametrize(("draft", "refined", "scores", "chosen"), [
-    ((True, "1"), (True, "2"), (0.0, 1.0), "refined"),
-    ((True, "1"), (True, "2"), (1.0, 1.0), "draft"),  # equal scores
-    ((True, "1"), (False, "2"), (0.0, 1.0), "draft"),  # cut off
-    ((True, None), (True, "2"), (1.0, 0.0), "refined"),  # the draft cannot be read
-    ((False, "1"), (False, "2"), (0.0, 1.0), "refined"),
-])
-def test_a_finished_answer_goes_before_one_that_was_cut_off(draft, refined, scores, chosen):
-    outputs = {"draft": dict(zip(("finished", "answer"), draft)),
-               "refined": dict(zip(("finished", "answer"), refined))}
-    assert art.better_answer(*outputs.values(), *scores) is outputs[chosen]
+    lm.strategy = "decomp"
+    art.predict(lm, args, [RECORD])
+    assert lm.seen == [f"{prompt}:\n", f"{prompt}:\n", f"{prompt} by sub-questions:\n"]
+    assert [call[2:] for call in lm.asked] == [([0, 3], 0.7), ([0], 0.0), ([0], 0.0)]
 
 
 def prompts_of_all_stages(args, record):
@@ -134,18 +83,19 @@ def test_facts_are_shown_where_they_are_allowed(args, facts, shown):
     art.trust(lm, args, [RECORD], art.refine(lm, args, [RECORD], drafts, asked))
     steps = zip("PAART", lm.seen)  # predict, ask and decide, refine, trust
     assert "".join(step for step, prompt in steps if "GOLD-FACT" in prompt) == shown
-    assert not re.search("GOLD-STEP|GOLD-ASK", "".join(lm.seen))
 
 
-def test_the_draft_is_shown_or_not():
+@pytest.mark.parametrize(("show_draft", "subquestions", "shown"), [
+    ("yes", ["Who?"], True), ("no", ["Who?"], False), ("no", [], True)])
+def test_the_draft_is_shown_or_not(args, show_draft, subquestions, shown):
     """Without sub-questions it is always shown: there would be nothing to refine."""
-    hidden = art.refine_prompt(RECORD, "#### 16", ["Who?"], show_draft=False)
-    assert "#### 16" in art.refine_prompt(RECORD, "#### 16", ["Who?"])
-    assert "#### 16" not in hidden and "Who?" in hidden
-    assert "#### 16" in art.refine_prompt(RECORD, "#### 16", (), show_draft=False)
+    lm, args.show_draft = FakeLM(), show_draft
+    art.refine(lm, args, [RECORD], [{"text": "#### 16"}], [{"subquestions": subquestions}])
+    assert ("#### 16" in lm.seen[0]) == shown and ("Who?" in lm.seen[0]) == bool(subquestions)
 
 
 def test_what_is_trained_is_what_is_parsed():
+    assert art.read_decision("A better answer is B.", ["A", "B"]) in (None, "B")
     subquestions = art.gold_subquestions(RECORD)
     for refine in (True, False):
         target = art.ask_target(subquestions, refine)
@@ -158,11 +108,3 @@ def test_what_is_trained_is_what_is_parsed():
         assert art.extract_answer("gsm8k", text) == "98765"
         assert ("GOLD-ASK-2" in text) == (strategy == "decomp")
         assert re.search(art.ANSWER_LINE["number"], text)  # where generation stops
-
-
-def test_a_chat_model_reads_an_instruction(args):
-    """In place of the last line of the prompt; a base model reads the prompt as it is."""
-    prompt = "Question: B?\nAnswer:\n"
-    rendered = art.render(FakeLM(chat=True), args, prompt, "cot")
-    assert rendered.startswith("Question: B?\n\nAnswer the question. ") and "boxed" in rendered
-    assert art.render(FakeLM(), args, prompt, "cot") == prompt

@@ -1,6 +1,5 @@
 """The trainings: losses by hand, kills that change nothing, and what is refused."""
 
-import contextlib
 import functools
 import math
 import shutil
@@ -12,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import BASE, ROOT, args_of, edit, load, refused
+from conftest import BASE, ROOT, args_of, edit, load
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -26,35 +25,29 @@ COLLATE = functools.partial(train_truster.collate, TOKENIZER.pad_token_id)
 
 
 def lines_of(*samples):
-    """{id: line of samples.jsonl}, from (id, text, is it correct?)."""
+    """{id: line of samples.jsonl}, from (id, text, is it correct?). Those without a text failed."""
     lines = {}
     for name, text, correct in samples:
         line = lines.setdefault(name, {"id": name, "samples": []})
-        failed = "" if text else "why"
-        line["samples"].append({"text": text, "correct": correct, "failed": failed})
+        line["samples"].append({"text": text, "correct": correct, "failed": "" if text else "why"})
     return lines
 
 
-def test_correct_and_incorrect_drafts_weigh_the_same():
-    """Equal samples are one draft, and failed ones none."""
+def test_correct_and_incorrect_drafts_weigh_the_same(make_run):
+    """Equal samples are one draft, failed ones none. The Asker learns what it reads later."""
     records = [{"id": "a", "question": "Ann?"}, {"id": "b", "question": "Ben?"}]
     lines = lines_of(("a", "#### 1", False), ("a", "#### 2", True), ("a", "1 + 2\n#### 3", False),
                      ("b", "#### 2", True), ("b", "#### 2", True), ("b", "#### 9", False),
                      ("b", "", False))
     drafts, weights = train_asker.drafts_of(None, records, lines), {" Yes": [], " No": []}
-    for one in train_asker.ask_examples(drafts, {"a": ["Who?"], "b": []}, TOKENIZER):
-        target = one["input_ids"][-one["target"]:]
-        weights[TOKENIZER.decode(target[one["decision"]])].append(one["weight"])
-        assert target[-1] == TOKENIZER.eos_token_id
+    asked, lm = {"a": ["Refine: a?"], "b": []}, make_run()
+    for (record, draft, _), one in zip(drafts, train_asker.ask_examples(drafts, asked, TOKENIZER)):
+        ids, place = one["input_ids"], one["decision"] - one["target"]
+        begun = "\n".join([*asked[record["id"]], art.DECISION])
+        assert ids[:place] == lm.tokens(art.ask_prompt(record, draft), begun)[0]
+        assert ids[place + 1:] == [TOKENIZER.eos_token_id]
+        weights[TOKENIZER.decode(ids[place])].append(one["weight"])
     assert weights == {" Yes": [pytest.approx(2.5 / 3)] * 3, " No": [1.25] * 2}
-
-
-def test_the_decision_is_found_by_name(make_run):
-    """Before it, the Asker reads what it reads when it decides."""
-    example = train_asker.encode(TOKENIZER, "Ann?\n", "Refine: a?\nRefine: Yes\nThe end.", weight=1)
-    place = len(example["input_ids"]) - example["target"] + example["decision"]
-    assert TOKENIZER.decode(example["input_ids"][place]) == " Yes"
-    assert example["input_ids"][:place] == make_run().tokens("Ann?\n", "Refine: a?\nRefine:")[0]
 
 
 def test_loss_of_the_asker_by_hand():
@@ -84,22 +77,17 @@ def test_loss_of_the_truster_by_hand(monkeypatch):
     assert loss["pairs"].item() == pytest.approx(one_apart + (equal + one_apart) / 2)
 
 
-def fine_tune(folder, loss=train_truster.loss, at_once=4, save_steps=99):
-    """(figures, weights, model) of a small Truster after 10 steps."""
+def fine_tune(folder, loss=train_truster.loss, at_once=4, **flags):
+    """(figures, weights) of a small Truster after 10 steps."""
     records = [{"id": n, "question": f"Ann has {n} pens. How many?"} for n in range(20)]
     samples = [(n, f"#### {n + off}", off == 0) for n in range(20) for off in range(2 + n % 2)]
     groups = train_truster.contrast(records, lines_of(*samples), TOKENIZER)
     folder.mkdir(exist_ok=True)
     torch.manual_seed(3)
     model = art.add_lora(art.load_base(BASE, 32, scorer=True), "SEQ_CLS", 4)
-    figures = art.fine_tune(model, groups, COLLATE, loss,
-                            args_of(folder, lr=1e-3, save_steps=save_steps), folder, 4, at_once, 2)
-    return {**figures, "seconds": 0}, load_file(folder / ADAPTER), model
-
-
-def test_a_step_does_not_depend_on_what_is_in_memory_at_a_time(tmp_path):
-    weights = [fine_tune(tmp_path / str(size), at_once=size)[1] for size in (4, 3)]
-    assert_close(*weights, rtol=0, atol=1e-5)
+    args = args_of(folder, **{"lr": 1e-3, "save_steps": 99, **flags})
+    figures = art.fine_tune(model, groups, COLLATE, loss, args, folder, 4, at_once, epochs=2)
+    return {**figures, "seconds": 0}, load_file(folder / ADAPTER)
 
 
 @pytest.mark.parametrize(("dies_at", "save_steps", "left"), [
@@ -116,9 +104,21 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, dies_at, save_steps
         patch.setattr(peft.PeftModel, "save_pretrained", lambda *_: sys.exit())
         fine_tune(tmp_path / "killed", loss, save_steps=save_steps)
     calls, dies_at = [], None
-    figures, weights, _ = fine_tune(tmp_path / "killed", loss, save_steps=save_steps)
+    figures, weights = fine_tune(tmp_path / "killed", loss, save_steps=save_steps)
     assert figures == whole[0] and figures["steps"] == 10 and len(calls) == left
     assert_close(weights, whole[1], rtol=0, atol=0)
+
+
+def test_a_step_does_not_depend_on_what_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    """The curve also goes to a tracker."""
+    sent = []
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(
+        init=lambda project, name: sent.append(name), finish=lambda: sent.append("finished"),
+        log=lambda means, step: sent.append({"step": step, **means})))
+    _, weights = fine_tune(tmp_path / "four")
+    figures, others = fine_tune(tmp_path / "three", at_once=3, report_to="trackio")
+    assert_close(weights, others, rtol=0, atol=1e-5)
+    assert sent == ["toy default three", *figures["curve"], "finished"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
@@ -129,18 +129,18 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
 
 
-def test_a_saved_truster_reloads_with_equal_scores(tmp_path, make_run):
-    """Those of the model in memory and of transformers' class; the head is in fp32."""
-    _, _, model = fine_tune(tmp_path / "new")
+def test_a_saved_truster_scores_as_transformers_own_class(tmp_path, make_run):
+    """The head is in fp32."""
+    fine_tune(tmp_path / "new")
     texts = [f"Question: {'Ann has 3 pens. ' * n}How many?\nAnswer:\n#### {n}" for n in range(5)]
     loaded, half = (art.Local(make_run().args, BASE, bits, tmp_path / "new", scorer=True)
                     for bits in (32, 16))
-    scores = [output["score"] for output in loaded.score(texts)]
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(
         BASE, num_labels=1, dtype=torch.float32)
-    for other in (model.eval(), peft.PeftModel.from_pretrained(plain, tmp_path / "new").eval()):
-        expected = [other(**TOKENIZER(text, return_tensors="pt")).logits.item() for text in texts]
-        assert scores == pytest.approx(expected, abs=1e-4) and len({*scores}) == 5
+    plain = peft.PeftModel.from_pretrained(plain, tmp_path / "new").eval()
+    expected = [plain(**TOKENIZER(text, return_tensors="pt")).logits.item() for text in texts]
+    scores = [output["score"] for output in loaded.score(texts)]
+    assert scores == pytest.approx(expected, abs=1e-4) and len({*scores}) == 5
     scores = torch.tensor([output["score"] for output in half.score(texts)])
     assert half.base.dtype == torch.bfloat16 and (scores.bfloat16().float() != scores).any()
 
@@ -156,62 +156,46 @@ def test_the_pipeline_trains_with_qlora(kit):
         assert about_of(kit, name)["bits"] == 4 and about_of(kit, name)["finished"]
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
         assert sum("lora_A" in name for name in weights) == 4 * 7
-    layers = [one for name, one in art.load_base(BASE, 4).named_modules() if "_proj" in name]
+    base, start = art.load_base(art.SMALL_TOY, 4), kit.runs / "toy/default/finetuned"
+    layers = [layer for name, layer in base.named_modules() if "_proj" in name]
     assert {type(layer).__name__ for layer in layers} == {"Linear4bit"}
-    assert about_of(kit, "asker")["start"] == art.weights_id(kit.runs / "toy/default/finetuned")
+    assert about_of(kit, "asker")["start"] == art.weights_id(start)
+    begun = peft.get_peft_model_state_dict(art.add_lora(base, "CAUSAL_LM", 16, start))
+    assert_close(begun, load_file(start / ADAPTER), rtol=0, atol=0)
     dev = art.load_columns(kit.runs / "toy/default", "dev.jsonl")
     auc = art.auc(dev["ask.p_refine"], ~dev["correct.draft"].astype(bool))
     assert about_of(kit, "asker")["dev_auc"] == auc and 0 < about_of(kit, "truster")["dev_auc"] < 1
 
 
-def test_auc_on_dev(copy, monkeypatch):
-    """1 if all incorrect drafts have a higher p_refine, and all correct answers a higher score."""
-    args = args_of(copy.runs, data=copy.data)
-    monkeypatch.setattr(art, "ask", lambda asker, args, records, drafts: [
-        {"p_refine": not draft["correct"]} for draft in drafts])
+def test_auc_of_the_truster_on_dev(copy, monkeypatch):
+    """1 if all correct answers have a higher score."""
     monkeypatch.setattr(art, "trust", lambda truster, args, records, answers: [
         {"score": art.is_correct("toy", answer["text"], record["answer"])}
         for record, answer in zip(records, answers)])
-    assert train_asker.dev_auc(args) == train_truster.dev_auc(args) == 1.0
+    assert train_truster.dev_auc(args_of(copy.runs, data=copy.data)) == 1.0
 
 
-@pytest.mark.parametrize("script", ["train_asker", "train_truster"])
-def test_other_settings_and_examples_are_refused(copy, monkeypatch, capsys, script):
-    line = refused(monkeypatch, capsys, copy, script, "--lr", "0.5")
+def test_other_settings_code_and_examples_are_refused(copy, tmp_path):
+    line = copy.refused("train_truster", "--lr", "0.5")
     assert "lr was 0.002, is now 0.5. Give --run NEW, or --overwrite" in line
+    edit(Path(shutil.copy(ROOT / "train_truster.py", tmp_path)), "-logsigmoid(", "-2 * logsigmoid(")
+    copy.monkeypatch.setattr(sys, "argv", copy.command("train_truster"))
+    with pytest.raises(art.UserError, match="code was"):
+        load(tmp_path / "train_truster.py").main()
     edit(copy.runs / "toy/samples.jsonl", "####", "So ####")
-    assert "examples was" in refused(monkeypatch, capsys, copy, script)
-
-
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ("return -logsigmoid(", "return -2 * logsigmoid(", "code was"),
-    ('"""-log', '"""The -log', "is trained already"),
-    ("def loss(", "# Why\ndef loss(", "is trained already")], ids=["loss", "docstring", "comment"])
-def test_an_edited_loss_is_refused(copy, monkeypatch, capsys, tmp_path, old, new, message):
-    edit(Path(shutil.copy(ROOT / "train_truster.py", tmp_path)), old, new)
-    monkeypatch.setattr(sys, "argv", copy.command("train_truster"))
-    with pytest.raises(SystemExit) if message == "code was" else contextlib.nullcontext():
-        art.run(load(tmp_path / "train_truster.py").main)
-    assert message in "".join(capsys.readouterr())
-
-
-def test_report_to_a_tracker(copy, monkeypatch):
-    calls = []
-    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(
-        init=lambda project, name: calls.append(name), finish=lambda: calls.append("finished"),
-        log=lambda means, step: calls.append({"step": step, **means})))
-    copy.here(monkeypatch, "train_truster", "--run", "x", "--report-to", "trackio")
-    assert calls == ["toy x truster", *about_of(copy, "truster", "x")["curve"], "finished"]
+    assert "examples was" in copy.refused("train_truster")
+    copy("train_truster", "--overwrite", "--lr", "0.5")
+    assert about_of(copy, "truster")["lr"] == 0.5
 
 
 @pytest.mark.parametrize(("key", "flags"), [("solution", []), ("", ["--subquestions", "none"])])
-def test_an_asker_that_only_decides(copy, monkeypatch, capsys, key, flags):
+def test_an_asker_that_only_decides(copy, key, flags):
     """From data without solutions, where stage 1 is skipped, or on demand."""
     path = copy.data / "toy/train.jsonl"
     art.write(path, [{name: record[name] for name in record.keys() - {key}}
                      for record in art.read_jsonl(path, "")])
-    copy.here(monkeypatch, "train_asker", "--run", "x", *flags)
-    out, stage_1 = capsys.readouterr().out, about_of(copy, "finetuned", "x")
+    copy("train_asker", "--run", "x", *flags)
+    out, stage_1 = copy.printed(), about_of(copy, "finetuned", "x")
     assert "target: Refine: " in out and stage_1.get("strategy", "cot") == "cot"
     assert ("stage 1 is skipped" in out) == ("only to decide" in out) == (not stage_1) == bool(key)
     assert (about_of(copy, "asker", "x")["start"] is None) == bool(key)
