@@ -8,8 +8,7 @@
     python art.py --random          # the same with one of the test questions
 
 The LLM is not fine-tuned. The Asker and the Truster learn by QLoRA from its answers.
-Part 1 is the method; it calls a few helpers of the other parts, which read texts, know files and
-flags, run models and train them.
+Part 1 is the method. Parts 2 to 5 are its helpers: texts, files and flags, models, training.
 """
 
 import argparse
@@ -54,7 +53,7 @@ ROOT = Path(__file__).resolve().parent
 #     choose     {"p": the probability of the first of two words, ...}
 #     score      {"score": higher means "more likely correct", ...}
 #
-# A step's prompt, target (what a model learns to write) and parser follow.
+# Below, for each step: its prompt, target (what a model learns) and parser.
 
 # A chat model reads an instruction in place of the prompt's last line
 # ("Answer:"). A base model reads the prompt as it is.
@@ -229,7 +228,7 @@ def ask(asker, args, records, drafts):
 
 
 def with_prior(p, odds):
-    """Bayes: `p` was learned on balanced classes; there are `odds` incorrect drafts a correct one.
+    """Bayes: `p` was learned on balanced classes; `odds` is incorrect drafts per correct draft.
 
     >>> with_prior(0.5, 3)
     0.75
@@ -372,8 +371,7 @@ NO_WORDS = (
 # The answer line: `#### 18`, `#### **$18**.`, `#### yes`. Generation stops after it. A line with
 # words, as `#### 3 eggs for breakfast`, may be a heading, so generation goes on.
 ANSWER_LINE = {kind: f"####{GAP}{first}{NO_WORDS}" for kind, first in FIRST.items()}
-# When a finished text is read, a line with words counts, too, if it is the last (before a next
-# question): then it is no heading. This is what may follow the answer in it.
+# In a finished text the last line (before a next question) may have words: it is no heading.
 LAST_LINE = r"(?:(?!####)[^\n])*(?![^\n])(?=[\W_]*(?:\Z|Question:))"
 
 # "the answer is", **Answer:**, answer =
@@ -504,7 +502,7 @@ def up_to(stop, text):
 def extract_answer(task, text):
     r"""The answer in a text in canonical form, or None.
 
-    From the first of these that is there: the first answer line, the last \boxed{}, the last "the
+    From the first of these that exists: the first answer line, the last \boxed{}, the last "the
     answer is"; for numbers the last number, for the others the answer that opens the text.
 
     >>> extract_answer("gsm8k", "So 9 * 2 = 18.\n#### **$1,018.00**\n")
@@ -543,18 +541,14 @@ def read_word(kind, line, boxes, text):
         answer = word.match(line[1] if line else boxes[-1])[1]
     else:
         said = re.findall(rf"{PHRASE}\s{{0,3}}{GAP}{FIRST[kind]}", text)
-        answer = said[-1] if said else first_word(kind, text)
+        # else what opens the text, unless another line opens with another answer
+        first = re.match(GAP + OPENING[kind], text)
+        lines = re.findall(rf"(?:^|\n){GAP}{OPENING[kind]}", text)
+        opens = first and len({*map(str.lower, lines)}) == 1
+        answer = said[-1] if said else first[1] if opens else ""
     if kind == "yes/no":
         answer = {"true": "yes", "false": "no"}.get(answer.lower(), answer.lower())
     return answer or None
-
-
-def first_word(kind, text):
-    """The answer that opens the text, unless another line opens with another answer."""
-    opening = GAP + OPENING[kind]
-    first = re.match(opening, text)
-    answers = {answer.lower() for answer in re.findall(rf"(?:^|\n){opening}", text)}
-    return first[1] if first and len(answers) == 1 else ""
 
 
 def is_correct(task, text, gold):
@@ -572,7 +566,7 @@ TASKS = {
     "gsm8k": {"answer": "number", "prepare": "data/prepare.py gsm8k"},
     "strategyqa": {"answer": "yes/no", "prepare": "data/prepare.py strategyqa"},
 }
-SAVED = "finished work is saved; run the same command again to resume"
+SAVED = "finished work is saved; run the command again, without --overwrite, to resume"
 
 
 class UserError(Exception):
@@ -599,14 +593,14 @@ def read_jsonl(path, fix):
     if not Path(path).is_file():
         raise UserError(f"{path} is missing: {fix}")
     records = []
-    text = Path(path).read_text("utf-8-sig", errors="replace").rstrip()
+    text = Path(path).read_text("utf-8-sig", errors="surrogateescape").rstrip()
     for number, line in enumerate(text.split("\n") if text else [], 1):
         try:
             record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()  # fails for half a character
+            json.dumps(record, ensure_ascii=False).encode()  # fails for what is not UTF-8
             record.keys()
         except (ValueError, RecursionError, AttributeError):
-            raise UserError(f"{path}, line {number}: not a JSON object; fix or delete it") from None
+            raise UserError(f"{path}, line {number}: not a JSON object in UTF-8; fix or delete it") from None
         records.append(record)
     return records
 
@@ -688,12 +682,11 @@ def load_split(args, split):
 def load_samples(args, records):
     """{id: line of samples.jsonl}; a line is {"id", "samples", and of dev questions "draft"}."""
     path = args.shared / "samples.jsonl"
-    fix = f"run python data/sample.py --task {args.task} --preset {args.preset}"
+    fix = f"run python data/sample.py --task {args.task}, with your other flags"
     lines = {line["id"]: line for line in read_jsonl(path, fix)}
     missing = sum(record["id"] not in lines for record in records)
     if missing:
-        raise UserError(f"{path} has no samples for {missing} of {len(records)} questions: {fix}, "
-                        "with the same limits")
+        raise UserError(f"{path} has no samples for {missing} of {len(records)} questions: {fix}")
     return lines
 
 
@@ -703,18 +696,18 @@ def distinct_samples(lines, record):
     return {one["text"]: one["correct"] for one in samples if not one["failed"]}
 
 
-def too_few(args, lines, what):
-    """The error for samples that nothing can be learned from: cause and command."""
-    fix = f"run python data/sample.py --task {args.task} --preset {args.preset} --k 8"
+def too_few(lines, what):
+    """The error for samples that nothing can be learned from: cause and remedy."""
+    fix = "--k 8"
     if not any(one["finished"] for line in lines.values() for one in line["samples"]):
-        fix = "all were cut off: raise --max-new-tokens"
-    return UserError(f"{what}: {fix}, or take another LLM (--model)")
+        fix = "a larger --max-new-tokens (all were cut off)"
+    return UserError(f"{what}: give data/sample.py {fix}, or another --model")
 
 
 def load_columns(folder, file="records.jsonl"):
     """The records of a run as numpy columns: {"id": array, "correct.art": array, ...}.
 
-    A dictionary in a record becomes columns with a dot, as "ask.p_refine". The other `file` is
+    A dictionary in a record becomes columns with a dot, as "ask.p_refine". `file` may be
     dev.jsonl. Missing values are None.
     """
     import numpy as np
@@ -725,8 +718,10 @@ def load_columns(folder, file="records.jsonl"):
             for key, part in value.items() if isinstance(value, dict) else [("", value)]:
                 column = columns.setdefault(f"{name}.{key}".rstrip("."), [None] * len(records))
                 column[number] = part
-    return {name: np.array(column, object if {list, type(None)} & {*map(type, column)} else None)
-            for name, column in columns.items()}
+    for name, column in columns.items():
+        mixed = {list, type(None)} & {*map(type, column)}
+        columns[name] = np.fromiter(column, object) if mixed else np.array(column)
+    return columns
 
 
 def auc(scores, labels):
@@ -760,7 +755,7 @@ def code_hash(*sources):
 
 
 def question_hash(record):
-    """A hash of the words of a question: an adapter remembers what it was trained on."""
+    """A hash of a question's words; adapters keep those of their questions."""
     return short_hash(re.findall(r"\w+", record["question"].casefold()))
 
 
@@ -933,8 +928,8 @@ def explain(error):
     if re.search("No space left|quota exceeded|File too large|disk is full|inline_contain", text):
         return f"the disk is full; {SAVED}"
     if re.search("out of memory|ALLOC_FAILED|not enough memory|can't allocate memory", text):
-        return (f"out of memory; {SAVED}. Lower --kv-gib (sampling, evaluating) or --asker-at-once "
-                "and --truster-at-once (training), or take a smaller model")
+        return (f"out of memory; {SAVED}. Lower --kv-gib, --asker-at-once or --truster-at-once, or "
+                "take a smaller model")
     if isinstance(error, (OSError, sqlite3.Error)):
         return f"cannot use the folder: {text}; give --runs DIR, a folder that you can write to"
     return ""
@@ -942,8 +937,7 @@ def explain(error):
 
 # ===== Part 4. Models =====
 #
-# Slow libraries are imported where they are used, so that --help answers
-# at once.
+# Slow libraries are imported where they are used: --help answers at once.
 
 
 class Model:
@@ -978,7 +972,7 @@ class Model:
         return [[next(outputs) for _ in numbers] for _ in prompts]
 
     def choose(self, prompts, begun, options):
-        """Which of two words continues each answer, which has `begun` with a text?
+        """Which of two words continues each of the texts `begun`?
 
         One output for each prompt: {"p": probability of the first, "prompt_tokens", "failed"}.
         """
@@ -999,15 +993,13 @@ class Model:
         if len(outputs) < len(wanted):
             lock = FileLock(self.args.shared / "answers.lock")
             try:
-                lock.acquire(timeout=0)
+                held = lock.acquire(timeout=0)
             except Timeout:  # it may be generating the same answers
                 print("waiting for another process that uses this folder", flush=True)
-                lock.acquire()
-            try:
+                held = lock.acquire()
+            with held:
                 outputs = self.cached(wanted)
                 outputs |= self.generated(wanted, outputs, settings)
-            finally:
-                lock.release()
         return [{"failed": "", **outputs[key]} for key in keys]
 
     def cached(self, keys):
@@ -1059,10 +1051,12 @@ def from_pretrained(kind, name, **settings):
 
 
 def weights_id(name):
-    """What tells a model from all others: the commit of a Hub model, or a hash of its files."""
+    """What identifies a model: the commit of a Hub model, or a hash of the files in a folder."""
     folder = folder_of(str(name))
-    if not folder:
-        return from_pretrained("AutoConfig", name)._commit_hash
+    if not folder:  # the Hub's cache has one folder for each commit
+        from transformers.utils import cached_file
+        from_pretrained("AutoConfig", name)
+        return Path(cached_file(name, "config.json")).parent.name
     known = r".*\.(safetensors|jinja|model)|(generation_)?config\.json|tokenizer.*\.json"
     files = []
     for path in sorted(folder.iterdir()):
@@ -1102,7 +1096,8 @@ def load_base(name, bits, scorer=False):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gave NaN: pytorch issue 196678
-    gc.collect()  # frees the model of a training before: it has references to itself
+    gc.collect()  # frees the model that was trained last: it has references to itself
+    torch.cuda.empty_cache()
     cuda, half = torch.cuda.is_available(), torch.bfloat16
     if cuda and not torch.cuda.is_bf16_supported(including_emulation=False):  # a T4
         half = torch.float16
@@ -1118,7 +1113,7 @@ def load_base(name, bits, scorer=False):
         settings |= {"num_labels": 1, "pad_token_id": load_tokenizer(name).pad_token_id}
     model = from_pretrained(kind, name, **settings).eval()
     for layer in model.modules():
-        # bitsandbytes: bf16 on some CPUs alone, which gives other results there
+        # on some CPUs bitsandbytes uses bf16, with other results
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     if not cuda and dtype == torch.float32:
@@ -1202,7 +1197,7 @@ class Local(Model):
             self.model = peft.PeftModel.from_pretrained(self.base, self.adapter).eval()
 
     def token_budget(self):
-        """How many tokens a batch may have: --kv-gib, and the cache of 256 tokens, say."""
+        """How many tokens a batch may have: --kv-gib, divided by the bytes of a cached token."""
         import torch
         ids = torch.full((1, 256), self.tokenizer.pad_token_id, device=self.base.device)
         cache = self.base(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -1249,7 +1244,7 @@ class Local(Model):
     def tokens(self, prompt, begun):
         """(token ids, start): of the prompt and of how the answer has begun.
 
-        Both are tokenized alone, as in training. `start` is "<think>" if the chat template begins
+        Each is tokenized separately, as in training. `start` is "<think>" if the chat template begins
         the answer with it.
         """
         if self.chat:
@@ -1427,7 +1422,7 @@ class Server(Model):
             if isinstance(error, hopeless) and not isinstance(error, errors.APITimeoutError):
                 raise UserError(f"the server failed: {text} Check --base-url (most end in /v1), "
                                 "--model and OPENAI_API_KEY") from None
-            if getattr(error, "status_code", 0) in (400, 422) and "context" not in text:
+            if getattr(error, "status_code", 0) in (400, 422) and not re.search("context|too large", text):
                 for names in (["top_logprobs"], ["logprobs", "top_logprobs"], ["temperature"],
                               ["seed"], ["max_completion_tokens"]):
                     if names[0] in settings["send"] and names[0] in text:
@@ -1479,7 +1474,7 @@ class Server(Model):
             raise ValueError(f"neither {first} nor {second} in {text!r}")
         p = float(word == first)
         said = [token for token in tokens if read_decision(token.token, words) == word]
-        if re.match(rf"\W*{word}\b", text, re.I):  # the decision, then an explanation
+        if re.match(rf"\W*{word}\b", text, re.I):  # with an explanation
             said = said[-len(re.findall(rf"\b{word}\b", text, re.I)):][:1]
         for token in said[-1:]:
             mass = dict.fromkeys([*words, None], 0.0)
@@ -1492,7 +1487,7 @@ class Server(Model):
 
 
 def read_decision(text, words):
-    """The one of the words that a text consists of, ends with after a colon, or begins with.
+    """The word that is the text, begins it, or ends it after a colon.
 
     >>> read_decision("**Refine: YES**", ["Yes", "No"]), read_decision("Not sure.", ["Yes", "No"])
     ('Yes', None)
@@ -1527,6 +1522,8 @@ def open_model(args, name):
     if command := how_to_train(args, name):
         raise UserError(f"no trained adapter in {folder}: run {command}")
     about = read_json(folder / "args.json")
+    if weights_id(about["model"]) != about["weights"]:
+        raise UserError(f"{about['model']} has changed: train {folder} again, with --overwrite")
     model = Local(args, about["model"], about["bits"], folder, scorer=name == "truster")
     model.strategy, model.prior_odds = about.get("strategy"), about.get("prior_odds", 1.0)
     return model
@@ -1564,8 +1561,8 @@ def fine_tune(model, examples, collate, loss, args, folder, batch, at_once, epoc
     """Train the adapter of `model` and save it in `folder`. Returns {"steps", "curve", ...}.
 
     `collate(examples)` makes the inputs; `loss(model, inputs)` returns {name: sum over the
-    examples}. A step takes `batch` examples, `at_once` of them in memory. It resumes from its
-    checkpoint, which is written every --save-steps steps.
+    examples}. A step takes `batch` examples, `at_once` of them in memory. The training resumes
+    from its checkpoint, which is written every --save-steps steps.
     """
     import torch
     device, dtype = model.device, model.get_input_embeddings().weight.dtype
@@ -1589,7 +1586,7 @@ def fine_tune(model, examples, collate, loss, args, folder, batch, at_once, epoc
 
     model.train()
     curve, began = saved["curve"], time.time() - saved["seconds"]
-    sums, seen = collections.Counter(saved["sums"]), saved["seen"]  # since the last line
+    sums, seen = collections.Counter(saved["sums"]), saved["seen"]  # since the last print
     for step in range(saved["step"], steps):
         done = step + 1
         number, place = divmod(step, steps_a_pass)

@@ -7,7 +7,7 @@
     python evaluate.py --compare default --row art --against majority     # two rows of one run
 
 A STAGE is a step done for all dev and test questions. A ROW is a rule over them: its GATE says
-which drafts to refine, its CHOOSER which answer to take; it asks no model. Both are tuned on dev.
+which drafts to refine, its CHOOSER which answer to take. Thresholds and weights are set on dev.
 Writes results.json, table.md, records.jsonl (test) and dev.jsonl to runs/TASK/RUN.
 """
 
@@ -67,7 +67,7 @@ def score_samples(truster, args, records, drawn):
 def vote(_, args, records, drawn, scored=None, key=lambda sample: sample["answer"]):
     """For each question the first readable sample of the group with the most votes.
 
-    Samples with the same `key` are a group; a sample has exp(score) votes, without scores one.
+    Samples with the same `key` are a group. A sample has exp(score) votes, or one.
     """
     chosen = []
     for own, scores in zip(drawn, scored or [{"scores": [0.0] * args.k}] * len(drawn)):
@@ -127,13 +127,13 @@ ROWS = {
     "asker": Row(gate="ask"),  # ART without a Truster
     "art": Row(gate="ask", chooser="truster"),  # the paper's loop
     "art_both": Row(gate="ask", chooser="both"),
-    # art_both, but a second sample of the draft's prompt for the refined answer: does asking help?
+    # art_both with a second sample in place of the refined answer: does asking help?
     "second_sample": Row(gate="ask", answer="second", chooser="both"),
     "always_truster": Row(chooser="truster"),
     "always_logprob": Row(chooser="logprob"),
     "logprob_gate": Row(gate="logprob"),
     "word_gate": Row(gate="word"),  # one word, found on dev, decides: can it replace the Asker?
-    "random_gate": Row(gate="random"),  # refines as many as asker: the mean over all such gates
+    "random_gate": Row(gate="random"),  # as often as asker, at random: what is expected
     "oracle_choice": Row(chooser="oracle"),  # oracle: looks at gold, an upper bound
 }
 DEFAULT_ROWS = list(ROWS)
@@ -323,17 +323,17 @@ class Outputs:
         return x @ (weights if changed.any() else [1, 1])
 
     def takes(self, answer, chooser):
-        """As art.better_answer: does the chooser take this answer? An array of bool."""
+        """Does the chooser take this answer? An array of bool."""
         if chooser is None:
             return np.ones(len(self.records), bool)
-        new, old = (np.array([art.is_readable(output) for output in self.of[stage]])
-                    for stage in (answer, "draft"))
-        return (new & ~old) | ((new == old) & (self.margin(answer, chooser) > 0))
+        answers = zip(self.of["draft"], self.of[answer], self.margin(answer, chooser))
+        return np.array([art.better_answer(old, new, 0, margin) is new
+                         for old, new, margin in answers])
 
     def decide(self, row):
         """(refine, take, threshold): two arrays of bool, and the threshold on p_refine."""
         p, threshold = self.gate(row), row.threshold
-        if row.gate in STAGES and threshold is None:  # an oracle has art's threshold
+        if row.gate in STAGES and threshold is None:  # asker_oracle has art's threshold
             gain = self.gain(row, "truster" if row.chooser == "oracle" else row.chooser)
             threshold = best_threshold(p[self.dev], gain[self.dev])
         refine = p >= threshold if row.gate in STAGES else p > 0
@@ -371,10 +371,7 @@ def make_row(outputs, row):
 
 
 def aucs(outputs):
-    """On test, the AUC of each gate (which drafts are incorrect?) and of each chooser.
-
-    A chooser has to tell, where just one of draft and refined answer is correct, which one.
-    """
+    """AUC on test: which drafts are incorrect (gates)? Which answer alone is correct (choosers)?"""
     test, drafts, found = outputs.test, outputs.correct["draft"], {}
     for stage in sorted(outputs.of.keys() & {"ask", "ask_self", "logprob"}):
         p = outputs.column(stage, "p_refine")[test]
@@ -477,7 +474,7 @@ def parse_args():
     rows = {name: row for name, row in ROWS.items() if name in names | old}  # old rows stay
     texts = {name[4:] for name in old if "@" in name} | {*args.threshold.split(",")}
     for text in sorted(filter(None, texts)):
-        if not re.fullmatch(r"0?\.\d+|[01]", text):
+        if not re.fullmatch(r"0?\.\d+|[01](\.0*)?", text) or float(text) > 1:
             raise art.UserError(f"--threshold: {text} is not a number from 0 to 1")
         rows[f"art@{text}"] = Row(gate="ask", chooser="truster", threshold=float(text))
     return args, rows
@@ -503,6 +500,8 @@ def main():
     if args.compare:
         return compare_runs(args)
     dev, test = art.load_split(args, "dev"), art.load_split(args, "test")
+    if not any(map(art.gold_subquestions, test)):
+        rows.pop("gold_questions", None)
     check_adapters(args, rows, test)
     print(f"{len(dev):,} dev and {len(test):,} test questions", flush=True)
     outputs = Outputs(args, dev, test)
@@ -520,13 +519,12 @@ def main():
                "word_gate": outputs.word}
     results["art_vs"] = {row: compare(correct["art"], correct[row])
                          for row in ("draft", "self_refine") if {row, "art"} <= correct.keys()}
-    drafts = {"draft": outputs.correct["draft"]}
-    text = table(results)
     art.write(args.folder / "records.jsonl", as_records(outputs, outputs.test, correct))
+    drafts = {"draft": outputs.correct["draft"]}
     art.write(args.folder / "dev.jsonl", as_records(outputs, outputs.dev, drafts))
-    art.write(args.folder / "table.md", text)
+    art.write(args.folder / "table.md", table(results))
     art.write(args.folder / "results.json", results)
-    print(f"\n{text}\nNext, for example: python art.py --task {args.task} --random")
+    print(f"\n{table(results)}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def drafts_of(args, records, lines):
             drafts.append((record, text, correct))
     correct = sum(correct for *_, correct in drafts)
     if correct in (0, len(drafts)):
-        raise art.too_few(args, lines, f"{correct} of {len(drafts)} samples are correct, but the "
+        raise art.too_few(lines, f"{correct} of {len(drafts)} samples are correct, but the "
                           "Asker learns from correct and incorrect ones")
     return drafts
 

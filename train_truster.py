@@ -79,7 +79,7 @@ def main():
     groups = contrast(records, lines, tokenizer)
     print(f"the Truster learns from {len(groups):,} of {len(records):,} questions")
     if len(groups) < 8:
-        raise art.too_few(args, lines, "the Truster needs 8 questions")
+        raise art.too_few(lines, "the Truster needs 8 questions")
 
     art.show({f"{'a correct' if correct else 'an incorrect'} answer": tokenizer.decode(ids)
               for ids, correct in zip(groups[0]["rows"], groups[0]["correct"])})

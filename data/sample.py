@@ -16,10 +16,10 @@ import art
 
 
 def choose_bits(name):
-    """The bits of the LLM's weights: 16 or 32 if they fit well into memory, else 4.
+    """The bits of the LLM's weights. They follow from the machine, so a resumed run takes the same.
 
-    A GPU takes 16 bits if they fill a quarter of its free memory at most. On a CPU 4 bits are slow,
-    and 16 bits are slow without bf16 units: it takes 32 if they fill half of the free memory.
+    A GPU takes 16 bits if these fill a quarter of its memory at most, else 4. A CPU is slow with 4
+    bits, often also with 16: it takes 32 if these fill half of the memory at most, else 16.
     """
     import psutil
     import torch
@@ -28,8 +28,8 @@ def choose_bits(name):
     with torch.device("meta"):  # counts the parameters without loading them
         parameters = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     if torch.cuda.is_available():
-        return 16 if 2 * parameters < torch.cuda.mem_get_info()[0] / 4 else 4
-    return 32 if 4 * parameters < psutil.virtual_memory().available / 2 else 16
+        return 16 if 2 * parameters < torch.cuda.mem_get_info()[1] / 4 else 4
+    return 32 if 4 * parameters < psutil.virtual_memory().total / 2 else 16
 
 
 def sample(args):

@@ -3,7 +3,10 @@
 import contextlib
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +58,16 @@ def test_greedy_text_equals_that_of_transformers(make_run, monkeypatch):
         assert (output["prompt_tokens"], output["tokens"]) == (ids.shape[1], new.shape[1])
         logprob = logits.log_softmax(-1).gather(1, new.T).sum().item()
         assert output["logprob"] == pytest.approx(logprob, abs=1e-3)
+
+
+def test_a_model_of_the_hub_is_identified_by_its_commit(tmp_path):
+    folder, commit = tmp_path / "models--own--tiny", 40 * "a"
+    shutil.copytree(BASE, folder / "snapshots" / commit)
+    art.write(folder / "refs/main", commit)
+    code = "import art; print(art.weights_id('own/tiny'), len(art.load_tokenizer('own/tiny')))"
+    made = subprocess.run([sys.executable, "-c", code], cwd=art.ROOT, capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    assert made.stdout == f"{commit} 600\n", made.stderr
 
 
 def test_samples_depend_on_seed_prompt_and_number_alone(make_run, tmp_path):

@@ -5,10 +5,10 @@ import re
 import pytest
 from conftest import ROOT
 
-# Files: lines and bytes at most. The aims are 1,400 lines and 60,000 bytes for art.py, 500 and 27,000
-# for evaluate.py, 260 lines for data/ and 2,000 for tests/. A number here may only go down.
+# Lines and bytes at most; a number may only go down. Aims: art.py 1,400 and 60,000, evaluate.py 500
+# and 27,000, data/ 260 lines.
 SIZES = {
-    "art.py": (1_728, 81_900), "evaluate.py": (533, 26_600), "train_*.py": (250, None),
+    "art.py": (1_725, 81_900), "evaluate.py": (531, 26_600), "train_*.py": (250, None),
     "data/*.py": (322, None), "tests/**/*.py": (2_000, None),
 }
 FILES = [path for where in ("*.py", "data/**/*.py", "docs/**/*.py", "tests/**/*.py")

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import FakeLM, args_of
+from conftest import FakeLM, args_of, load
 
 import art
 import evaluate
@@ -27,8 +27,7 @@ def test_four_steps(args):
     assert asked["subquestions"] == ["How many has Ben?", "How many together?"]
     assert asked["p_refine"] == pytest.approx(0.25)  # with the prior
     assert asked["failed"] == "unread" and "text" not in asked
-    # the tokens of the decision count, too
-    assert asked["tokens"] == 3 and asked["prompt_tokens"] == len(lm.seen[1]) + 7
+    assert asked["tokens"] == 3 and asked["prompt_tokens"] == len(lm.seen[1]) + 7  # both prompts
     assert lm.seen[-1].endswith("Sub-questions:\nHow many has Ben?\nHow many together?\nRefine:")
     [refined] = art.refine(lm, args, [RECORD], [draft], [asked])
     assert "7 + 9 = 16\n#### 16" in lm.seen[-1] and refined["answer"] == "12"
@@ -45,6 +44,9 @@ def test_samples_have_the_prompt_of_the_draft(args):
     lm, prompt = FakeLM(), f"Question: {QUESTION}\nAnswer"
     [samples] = art.sample_answers(lm, args, [RECORD], [0, 3], 0.7)
     assert [sample["answer"] for sample in samples] == ["16", "16"]
+    samples[1]["finished"] = False  # what was cut off is not correct
+    samples = load("data/sample.py").label(args, {"answer": "16"}, samples)
+    assert [sample["correct"] for sample in samples] == [True, False]
     art.predict(lm, args, [RECORD])
     lm.strategy = "decomp"
     art.predict(lm, args, [RECORD])
