@@ -1522,9 +1522,9 @@ def open_model(args, name):
     if command := how_to_train(args, name):
         raise UserError(f"no trained adapter in {folder}: run {command}")
     about = read_json(folder / "args.json")
-    if weights_id(about["model"]) != about["weights"]:
-        raise UserError(f"{about['model']} has changed: train {folder} again, with --overwrite")
     model = Local(args, about["model"], about["bits"], folder, scorer=name == "truster")
+    if model.identity["weights"] != about["weights"]:
+        raise UserError(f"{model.name} has changed: train {folder} again, with --overwrite")
     model.strategy, model.prior_odds = about.get("strategy"), about.get("prior_odds", 1.0)
     return model
 

@@ -522,9 +522,9 @@ def main():
     art.write(args.folder / "records.jsonl", as_records(outputs, outputs.test, correct))
     drafts = {"draft": outputs.correct["draft"]}
     art.write(args.folder / "dev.jsonl", as_records(outputs, outputs.dev, drafts))
-    art.write(args.folder / "table.md", table(results))
+    art.write(args.folder / "table.md", text := table(results))
     art.write(args.folder / "results.json", results)
-    print(f"\n{table(results)}")
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":

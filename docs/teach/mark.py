@@ -28,15 +28,14 @@ def command(script, *flags):
         raise art.UserError(f"{script} failed; its last line says why")
 
 
-def copy_adapter(run, name, data, marked):
-    """Copy an adapter, unless it has another base or was trained on other questions."""
+def copy_adapter(run, name, train, marked):
+    """Copy an adapter, unless it has another base or was trained on questions not in `train`."""
     own = [folder for folder in (run / name, run.parent / "default" / name)
            if (folder / "args.json").is_file()]
     if not own:
         raise art.UserError(f"{run} has no folder {name} with an adapter, nor has default beside it")
     if art.read_json(own[0] / "args.json").get("model") != art.SMALL_TOY:
         raise art.UserError(f"{own[0]} has another base model than {art.SMALL_TOY}")
-    train = {art.question_hash(record) for record in art.read_jsonl(data / "train.jsonl", "")}
     others = {*(own[0] / "questions.txt").read_text("utf-8").split()} - train
     if others:
         raise art.UserError(f"{own[0]} was trained on {len(others)} questions that are not in this "
@@ -49,8 +48,9 @@ def evaluate(args, handed_in, folder):
     data, shared = folder / "data/toy", folder / "runs/toy"
     secret = ["--test-seed", args.test_seed] if args.test_seed is not None else []
     command("data/toy/prepare.py", "--student", args.student, "--out", data, *secret)
+    train = {art.question_hash(record) for record in art.read_jsonl(data / "train.jsonl", "")}
     for name in ("asker", "truster"):
-        copy_adapter(args.run, name, data, shared / "marked")
+        copy_adapter(args.run, name, train, shared / "marked")
     art.write(shared / "llm.json", handed_in["settings"])
     limits = ["--limit", args.limit] if args.limit else []
     command("evaluate.py", "--data", data.parent, "--runs", shared.parent, "--run", "marked",
