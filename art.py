@@ -128,7 +128,7 @@ def predict(llm, args, records, temperature=0.0):
 def sample_answers(llm, args, records, numbers, temperature):
     """For each question a list of answers, one for each sample number.
 
-    The same model, temperature, seed, prompt and number always give the same sample.
+    The same model, temperature, seed, prompt and number give the same sample.
     """
     strategy = llm.strategy or args.strategy  # "finetuned" has its own
     prompts = []
@@ -243,7 +243,7 @@ def with_prior(p, odds):
 def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
     """The question, the draft (if it is shown) and the sub-questions.
 
-    Without sub-questions the draft is always shown; otherwise there would be nothing to refine.
+    Without sub-questions the draft is always shown: there is nothing else to refine.
     """
     prompt = question_block(record, facts)
     if show_draft or not subquestions:
@@ -292,7 +292,7 @@ def is_readable(output):
 
 
 def better_answer(draft, refined, draft_score, refined_score):
-    """The readable answer; if both or none are, the one with the higher score (equal: the draft)."""
+    """The readable answer; if both or none are, the one that scores higher (a tie: the draft)."""
     if is_readable(draft) != is_readable(refined):
         return draft if is_readable(draft) else refined
     return refined if refined_score > draft_score else draft
@@ -404,8 +404,7 @@ EQUATION = re.compile(r"\W*(?:[^A-Za-z(]|(?<=[0-9])[eE](?=[-+]?[0-9])|(?<![0-9.,
 # How a gold answer has to look: a number of up to 50 characters that is not divided by 0
 GOLD = {
     "number": rf"(?=.{{1,50}}$)(?!.*/ ?[0.,]+$){RATIONAL}",
-    "yes/no": "yes|no",
-    "choice": "[A-J]",
+    "yes/no": "yes|no", "choice": "[A-J]",
 }
 
 SCALE = {"thousand": "e3", "million": "e6", "billion": "e9", "trillion": "e12"}
@@ -600,7 +599,8 @@ def read_jsonl(path, fix):
             json.dumps(record, ensure_ascii=False).encode()  # fails for what is not UTF-8
             record.keys()
         except (ValueError, RecursionError, AttributeError):
-            raise UserError(f"{path}, line {number}: not a JSON object in UTF-8; fix or delete it") from None
+            raise UserError(f"{path}, line {number}: not a JSON object in UTF-8; fix or "
+                            "delete it") from None
         records.append(record)
     return records
 
@@ -931,13 +931,13 @@ def explain(error):
         return (f"out of memory; {SAVED}. Lower --kv-gib, --asker-at-once or --truster-at-once, or "
                 "take a smaller model")
     if isinstance(error, (OSError, sqlite3.Error)):
-        return f"cannot use the folder: {text}; give --runs DIR, a folder that you can write to"
+        return f"cannot use the folder: {text}; give --runs DIR, a folder you can write to"
     return ""
 
 
 # ===== Part 4. Models =====
 #
-# Slow libraries are imported where they are used: --help answers at once.
+# Slow libraries are imported where they are used, for a fast --help.
 
 
 class Model:
@@ -1058,14 +1058,14 @@ def weights_id(name):
         from_pretrained("AutoConfig", name)
         return Path(cached_file(name, "config.json")).parent.name
     known = r".*\.(safetensors|jinja|model)|(generation_)?config\.json|tokenizer.*\.json"
-    files = []
-    for path in sorted(folder.iterdir()):
-        if re.fullmatch(known, path.name):
-            about = path.stat()
-            large = about.st_size > 100e6  # reading 15 GB would take minutes
-            files.append([path.name, about.st_size, about.st_mtime_ns] if large
-                         else hashlib.sha256(path.read_bytes()).hexdigest())
-    return short_hash(files)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if re.fullmatch(known, p.name)):
+        size = path.stat().st_size
+        with path.open("rb") as file:  # 64 MB of a large one: 15 GB take minutes
+            for place in range(0, size, max(size // 64, 2**20)):
+                file.seek(place)
+                digest.update(file.read(2**20))
+    return digest.hexdigest()
 
 
 @functools.cache
@@ -1244,8 +1244,8 @@ class Local(Model):
     def tokens(self, prompt, begun):
         """(token ids, start): of the prompt and of how the answer has begun.
 
-        Each is tokenized separately, as in training. `start` is "<think>" if the chat template begins
-        the answer with it.
+        Each is tokenized alone, as in training. `start` is "<think>" if the chat template
+        begins the answer with it.
         """
         if self.chat:
             day = "26 Jul 2024"  # some templates show today's date
@@ -1422,7 +1422,8 @@ class Server(Model):
             if isinstance(error, hopeless) and not isinstance(error, errors.APITimeoutError):
                 raise UserError(f"the server failed: {text} Check --base-url (most end in /v1), "
                                 "--model and OPENAI_API_KEY") from None
-            if getattr(error, "status_code", 0) in (400, 422) and not re.search("context|too large", text):
+            too_long = re.search("context|too large", text)
+            if getattr(error, "status_code", 0) in (400, 422) and not too_long:
                 for names in (["top_logprobs"], ["logprobs", "top_logprobs"], ["temperature"],
                               ["seed"], ["max_completion_tokens"]):
                     if names[0] in settings["send"] and names[0] in text:
@@ -1623,9 +1624,8 @@ def fine_tune(model, examples, collate, loss, args, folder, batch, at_once, epoc
             sums, seen = collections.Counter(), 0
         if done % args.save_steps == 0 or done == steps:
             state = {"step": done, "curve": curve, "seconds": time.time() - began,
-                     "sums": dict(sums), "seen": seen,
-                     "weights": weights, "optimizer": optimizer.state_dict(),
-                     "scaler": scaler.state_dict()}
+                     "sums": dict(sums), "seen": seen, "weights": weights,
+                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             torch.save(state, f"{path}.part")
             Path(f"{path}.part").replace(path)
     if tracker:
@@ -1710,8 +1710,8 @@ def main():
     asked, refined = result["asked"], result.get("refined")
     show({"question": record["question"], "draft": result["draft"]["text"],
           "sub-questions": "\n".join(asked["subquestions"]),
-          "decision": f"p(draft is incorrect) = {asked['p_refine']:.3f}, threshold {threshold:.3f}: "
-                      f"{'refine' if refined else 'keep the draft'}"})
+          "decision": f"p(draft is incorrect) = {asked['p_refine']:.3f}, threshold "
+                      f"{threshold:.3f}: {'refine' if refined else 'keep the draft'}"})
     if refined:
         scores = "draft {:.2f}, refined {:.2f}".format(*result["scores"])
         show({"refined": refined["text"], "Truster": scores})

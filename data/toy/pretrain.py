@@ -33,7 +33,7 @@ TRAPPED = 0.50  # a writer misreads the question: a half, so no answer is the li
 EARLY = 0.15  # a writer stops one step early
 EARLY_REVISION = 0.29  # the same for a revision
 SLIP = 0.42  # the last sum of a revision is wrong
-ECHO = 0.5  # who checks a draft repeats its reading; otherwise the question is read again
+ECHO = 0.5  # a check repeats the reading of the draft; otherwise it reads the question again
 SHARES = {"marks": 40, "answer": 10, "decomp": 5, "check": 15, "refine": 30}  # of the texts
 DECISIVE = ["Ġright", "Ġwrong", "ĠYes", "ĠNo"]  # tokens that weigh ten times as much in the loss
 
