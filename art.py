@@ -656,7 +656,7 @@ def faults_of(where, found, hint=""):
 def load_split(args, split):
     """The records of a split (train, dev or test) that --limit and --limit-train leave.
 
-    All splits are checked, and all faults are listed in one message.
+    All splits are checked; all faults are listed.
     """
     faults, ids, kept = [], set(), []
     for name in ("train", "dev", "test"):
@@ -680,11 +680,11 @@ def load_split(args, split):
 
 
 def load_samples(args, records):
-    """{id: line of samples.jsonl}; a line is {"id", "samples", and of dev questions "draft"}."""
+    """{id: line of samples.jsonl}; a line is a record with "samples", of dev also with "draft"."""
     path = args.shared / "samples.jsonl"
     fix = f"run python data/sample.py --task {args.task}, with your other flags"
     lines = {line["id"]: line for line in read_jsonl(path, fix)}
-    missing = sum(record["id"] not in lines for record in records)
+    missing = sum(not one.items() <= lines.get(one["id"], {}).items() for one in records)
     if missing:
         raise UserError(f"{path} has no samples for {missing} of {len(records)} questions: {fix}")
     return lines
@@ -697,7 +697,7 @@ def distinct_samples(lines, record):
 
 
 def too_few(lines, what):
-    """The error for samples that nothing can be learned from: cause and remedy."""
+    """The error for samples that teach nothing: cause and remedy."""
     fix = "--k 8"
     if not any(one["finished"] for line in lines.values() for one in line["samples"]):
         fix = "a larger --max-new-tokens (all were cut off)"
@@ -756,11 +756,11 @@ def code_hash(*sources):
 
 def question_hash(record):
     """A hash of a question's words; adapters keep those of their questions."""
-    return short_hash(re.findall(r"\w+", record["question"].casefold()))
+    return short_hash(re.findall(r"[\w+*/^<>=-]+", record["question"].casefold()))
 
 
 def show(parts):
-    """Print texts with their names, {name: text}."""
+    """Print names with texts."""
     for name, text in parts.items():
         print(f"  {name}: {text}".replace("\n", "\n" + " " * (len(name) + 4)))
 
@@ -781,9 +781,9 @@ def provenance():
 
 TOY, SMALL_TOY, SMALL = "data/toy/base", "data/toy/base_asker", "Qwen/Qwen2.5-0.5B-Instruct"
 DEFAULTS = {
-    "base_url": None, "bits": None, "adapter_bits": None, "k": 4, "temperature": 0.7,
-    "draft_temperature": 0.0, "refine_temperature": 0.0, "sample_seed": 0, "max_new_tokens": 512,
-    "strategy": "cot", "facts": "refine", "show_draft": "no", "kv_gib": None,
+    "base_url": None, "limit_train": None, "bits": None, "adapter_bits": None, "k": 4,
+    "temperature": 0.7, "draft_temperature": 0.0, "refine_temperature": 0.0, "sample_seed": 0,
+    "max_new_tokens": 512, "strategy": "cot", "facts": "refine", "show_draft": "no", "kv_gib": None,
     "asker_batch": 32, "asker_at_once": 4, "truster_batch": 16, "truster_at_once": 1,
     "task_epochs": 2, "epochs": 1, "lr": 2e-4, "max_length": 1024}
 PRESETS = {
@@ -826,14 +826,18 @@ def make_parser(doc, script):
     add("--task", default="toy", help="a folder of data/ (default toy: nothing to download)")
     add("--preset", choices=PRESETS, help="models and sizes (default small; the others need a GPU)")
     count("--limit", help="only the first N questions of each split")
-    count("--limit-train", help="only the first N training questions")
+    if script not in ("solve", "evaluate"):
+        count("--limit-train", help="only the first N training questions")
     add("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="folder of all runs")
     add("--data", type=Path, default=ROOT / "data", metavar="DIR", help="folder of the tasks")
     if script != "sample":  # the runs of a task share their samples
         add("--run", default="default", metavar="NAME", help="results go to runs/TASK/NAME")
+    if script not in ("sample", "solve"):
         add("--seed", type=int, default=0, help="seed of the training (default 0)")
+    add("--kv-gib", type=NUMBER_FLAG, metavar="GIB",
+        help="memory for keys and values (default: a quarter of free GPU memory)")
     if script not in ("asker", "truster"):
-        add_llm_flags(add, count)
+        add_llm_flags(add, count, script)
         return parser
     add(f"--{script}-model", metavar="MODEL", help="base model: a folder or Hub id (by preset)")
     add("--overwrite", action="store_true", help="delete this run's adapter and train again")
@@ -851,20 +855,19 @@ def make_parser(doc, script):
     return parser
 
 
-def add_llm_flags(add, count):
+def add_llm_flags(add, count, script):
     """Which LLM is asked, and how."""
     add("--model", help="the LLM: a folder or Hub id, or its name on the server")
     add("--base-url", metavar="URL", help="a server with OpenAI's API; key in OPENAI_API_KEY")
     count("--concurrency", default=8, help="requests at a time (default 8)")
     add("--bits", type=int, choices=(4, 16, 32), help="bits of the LLM's weights (by its size)")
-    add("--kv-gib", type=NUMBER_FLAG, metavar="GIB",
-        help="memory for keys and values (default: a quarter of the free GPU memory)")
     count("--max-new-tokens", help="longest answer (default 512; toy: 128)")
     add("--strategy", choices=("cot", "decomp"), help="how to draft (default cot)")
     add("--facts", choices=("refine", "both", "none"), help="when facts are shown (default refine)")
     add("--show-draft", choices=("yes", "no"), help="show the draft when refining (default no)")
-    count("--k", help="samples of a question (by preset)")
-    add("--temperature", type=NUMBER_FLAG, metavar="T", help="of the samples (default 0.7)")
+    if script != "solve":
+        count("--k", help="samples of a question (by preset)")
+        add("--temperature", type=NUMBER_FLAG, metavar="T", help="of the samples (default 0.7)")
     add("--draft-temperature", type=NUMBER_FLAG, metavar="T", help="(default 0: greedy; toy: 0.7)")
     add("--refine-temperature", type=NUMBER_FLAG, metavar="T", help="(the same)")
     add("--sample-seed", type=int, metavar="SEED", help="seed of all sampling (default 0)")
@@ -883,7 +886,7 @@ def parse(parser, argv=None, remember=True):
     default = "toy" if given.task == "toy" else "small"
     preset = given.preset or saved.get("preset") or default
     if preset == "toy" and given.task != "toy":
-        raise UserError("the toy's models can read the toy's questions only: give --preset small")
+        raise UserError("the toy's models read only the toy's questions: give --preset small")
     if getattr(given, "base_url", None) and not (given.model or saved.get("base_url")):
         raise UserError("--base-url needs --model NAME, the name of the LLM on that server")
     parser.set_defaults(**{**DEFAULTS, **PRESETS[preset], **saved, "preset": preset})
@@ -929,7 +932,7 @@ def explain(error):
         return f"the disk is full; {SAVED}"
     if re.search("out of memory|ALLOC_FAILED|not enough memory|can't allocate memory", text):
         return (f"out of memory; {SAVED}. Lower --kv-gib, --asker-at-once or --truster-at-once, or "
-                "take a smaller model")
+                "a smaller model")
     if isinstance(error, (OSError, sqlite3.Error)):
         return f"cannot use the folder: {text}; give --runs DIR, a folder you can write to"
     return ""
@@ -1003,7 +1006,7 @@ class Model:
         return [{"failed": "", **outputs[key]} for key in keys]
 
     def cached(self, keys):
-        """{key: output} of the keys that are in the cache."""
+        """{key: output} of those that are cached."""
         outputs = {}
         for key in keys:
             row = self.cache.execute("SELECT output FROM answers WHERE key = ?", [key]).fetchone()
@@ -1051,7 +1054,7 @@ def from_pretrained(kind, name, **settings):
 
 
 def weights_id(name):
-    """What identifies a model: the commit of a Hub model, or a hash of the files in a folder."""
+    """What identifies a model: its commit on the Hub, or a hash of a folder's files."""
     folder = folder_of(str(name))
     if not folder:  # the Hub's cache has one folder for each commit
         from transformers.utils import cached_file
@@ -1126,10 +1129,7 @@ def load_base(name, bits, scorer=False):
 
 
 def use_onednn(model):
-    """Let oneDNN do the large fp32 products of inference: on AMD CPUs 2.3 times as fast as MKL.
-
-    Measured with docs/measure/speed.py on a 0.5B model, at 8 to 64 rows.
-    """
+    """Let oneDNN do the large fp32 products of inference: on AMD CPUs 2.3 times as fast as MKL."""
     import torch
 
     class Linear(torch.nn.Linear):
@@ -1296,10 +1296,7 @@ class Local(Model):
                  "tokens": len(row["ids"]), "logprob": row["logprob"]} for row in rows]
 
     def pick(self, logits, rows, temperature):
-        """The next token of each row: the most probable one, or drawn with the row's own numbers.
-
-        So a sample depends on its seed, prompt and number, not on its neighbours in the batch.
-        """
+        """The next token of each row: the most probable one, or drawn with the row's numbers."""
         import torch
         if not temperature:
             return logits.argmax(-1)
@@ -1354,8 +1351,8 @@ class Server(Model):
     """A chat model behind a server with OpenAI's API.
 
     openai's client repeats a request after a lost connection, 429 and 5xx. A setting that the
-    server refuses is left out from then on and is not part of the key. A reply that cannot be used
-    has failed: it counts as incorrect, is not cached, and the run goes on.
+    server refuses is left out from then on, also of the key. A reply that cannot be used has
+    failed: it is incorrect and not cached, and the run goes on.
     """
 
     complete = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}
@@ -1423,7 +1420,7 @@ class Server(Model):
                 raise UserError(f"the server failed: {text} Check --base-url (most end in /v1), "
                                 "--model and OPENAI_API_KEY") from None
             too_long = re.search("context|too large", text)
-            if getattr(error, "status_code", 0) in (400, 422) and not too_long:
+            if getattr(error, "status_code", 0) in (400, 403, 422) and not too_long:
                 for names in (["top_logprobs"], ["logprobs", "top_logprobs"], ["temperature"],
                               ["seed"], ["max_completion_tokens"]):
                     if names[0] in settings["send"] and names[0] in text:
@@ -1562,8 +1559,8 @@ def fine_tune(model, examples, collate, loss, args, folder, batch, at_once, epoc
     """Train the adapter of `model` and save it in `folder`. Returns {"steps", "curve", ...}.
 
     `collate(examples)` makes the inputs; `loss(model, inputs)` returns {name: sum over the
-    examples}. A step takes `batch` examples, `at_once` of them in memory. The training resumes
-    from its checkpoint, which is written every --save-steps steps.
+    examples}. A step takes `batch` examples, `at_once` of them in memory. It resumes from a
+    checkpoint, which is written every --save-steps steps.
     """
     import torch
     device, dtype = model.device, model.get_input_embeddings().weight.dtype
@@ -1639,8 +1636,8 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
                   **settings):
     """Train the adapter "finetuned", "asker" or "truster", unless it is finished.
 
-    `start` is the name of an adapter to continue from. args.json holds the settings (a training
-    with others is refused), versions and figures. questions.txt holds hashes of the questions.
+    args.json holds the settings (a training with others is refused), versions and figures.
+    questions.txt holds hashes of the questions.
     """
     import torch
     role = "truster" if name == "truster" else "asker"
@@ -1651,8 +1648,12 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
            "lr": args.lr, "rank": args.rank, "max_length": args.max_length, "batch": batch,
            "epochs": epochs, "start": start and weights_id(start), "examples": short_hash(examples),
            "code": code_hash(Path(script).read_text("utf-8"))}
-    if args.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+    short = [example for example in examples if len(example["input_ids"]) <= args.max_length]
+    print(f"{len(short):,} of {len(examples):,} examples have at most {args.max_length} tokens")
+    if not short:
+        raise UserError("no example is short enough: raise --max-length")
+    for old in {name, name.replace("finetuned", "asker")} if args.overwrite else ():
+        shutil.rmtree(args.folder / old, ignore_errors=True)  # the Asker continues from finetuned
     about = read_json(folder / "args.json")
     for key, value in now.items():
         if about and about.get(key) != value:
@@ -1662,10 +1663,6 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
     if about.get("finished"):
         print(f"{folder} is trained already")
         return
-    short = [example for example in examples if len(example["input_ids"]) <= args.max_length]
-    print(f"{len(short):,} of {len(examples):,} examples have at most {args.max_length} tokens")
-    if not short:
-        raise UserError("no example is short enough: raise --max-length")
     write(folder / "questions.txt", "\n".join(map(question_hash, records)))
     about = {**now, "model": base, **provenance(), "finished": False}
     write(folder / "args.json", about)
@@ -1716,7 +1713,8 @@ def main():
         scores = "draft {:.2f}, refined {:.2f}".format(*result["scores"])
         show({"refined": refined["text"], "Truster": scores})
     final = result["final"]
-    show({"answer": final["answer"] if is_readable(final) else "none: cut off, or unreadable"})
+    why = final["failed"] or "cut off, or unreadable"
+    show({"answer": final["answer"] if is_readable(final) else f"none: {why}"})
     if args.random:
         show({"gold": record["answer"]})
 

@@ -31,9 +31,8 @@ def draft(llm, args, records):
 
 def second_sample(llm, args, records):
     """The draft's prompt once more, no sub-questions, at --refine-temperature, or 0.7 for 0."""
-    temperature = args.refine_temperature or 0.7
-    drawn = art.sample_answers(llm, args, records, [1], temperature)  # sample 0 may be the draft
-    return [output for [output] in drawn]
+    drawn = art.sample_answers(llm, args, records, [1], args.refine_temperature or 0.7)
+    return [output for [output] in drawn]  # sample 0 may be the draft
 
 
 def refine_gold(llm, args, records, drafts):
@@ -390,8 +389,7 @@ def aucs(outputs):
 
 def difference(found):
     """A paired difference in points."""
-    points = [100 * value for value in (found["delta"], *found["ci95"])]
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*points)
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*np.dot(100, [found["delta"], *found["ci95"]]))
 
 
 def table(results):
@@ -459,7 +457,7 @@ def parse_args():
     parser = art.make_parser(__doc__, "evaluate")
     add = parser.add_argument
     add("--rows", default=",".join(DEFAULT_ROWS), metavar="ROW,...",
-        help=f"rows; earlier ones stay: all, or some of {', '.join(ROWS)}")
+        help=f"rows, beside earlier ones: all, or some of {', '.join(ROWS)}")
     add("--threshold", default="", metavar="T,...", help="also row art at these thresholds")
     add("--compare", nargs="+", metavar="RUN", help="only compare finished runs (names, folders)")
     add("--row", default="art", metavar="ROW", help="the row to compare (art)")
@@ -502,6 +500,8 @@ def main():
     dev, test = art.load_split(args, "dev"), art.load_split(args, "test")
     if not any(map(art.gold_subquestions, test)):
         rows.pop("gold_questions", None)
+    if art.read_json(art.adapter_folder(args, "asker") / "args.json").get("start", 1) is None:
+        rows.pop("finetuned", None)  # no task training
     check_adapters(args, rows, test)
     print(f"{len(dev):,} dev and {len(test):,} test questions", flush=True)
     outputs = Outputs(args, dev, test)

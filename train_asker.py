@@ -102,8 +102,9 @@ def load_subquestions(args, records):
             args.subquestions = "none"
             print(f"without sub-questions the Asker learns only to decide. To learn to ask, {fix}")
     if args.subquestions == "generated":
-        for line in art.read_jsonl(path, fix):
-            gold[line["id"]] = line["subquestions"]
+        gold = {line["id"]: line["subquestions"] for line in art.read_jsonl(path, fix)}
+        if any(record["id"] not in gold for record in records):
+            raise art.UserError(f"{path} lacks some of the questions: {fix}")
     elif args.subquestions == "gold" and not any(gold.values()):
         raise art.UserError(f"{args.task} has no gold sub-questions: give --subquestions none")
     return dict.fromkeys(gold, []) if args.subquestions == "none" else gold

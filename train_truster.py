@@ -47,10 +47,8 @@ def loss(model, inputs):
     """{"pairs": the sum over the questions of the mean loss of a question's pairs}."""
     scores = art.score_batch(model, inputs["input_ids"], inputs["attention_mask"])
     sizes = inputs["sizes"].tolist()
-    total = 0.0
-    for group, correct in zip(scores.split(sizes), inputs["correct"].split(sizes)):
-        total = total + pair_losses(group, correct).mean()
-    return {"pairs": total}
+    groups = zip(scores.split(sizes), inputs["correct"].split(sizes))
+    return {"pairs": sum(pair_losses(*group).mean() for group in groups)}
 
 
 def dev_auc(args):

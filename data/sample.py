@@ -35,8 +35,6 @@ def choose_bits(name):
 def sample(args):
     """Write samples.jsonl and llm.json."""
     train, dev = art.load_split(args, "train"), art.load_split(args, "dev")
-    if not args.base_url and args.bits is None:
-        args.bits = choose_bits(args.model)
     llm = art.open_model(args, "llm")
     print(f"the LLM answers {len(train):,} training and {len(dev):,} dev questions "
           f"{args.k} times", flush=True)
@@ -47,7 +45,7 @@ def sample(args):
 
     lines = []
     for record, samples in zip(train + dev, drawn):
-        lines.append({"id": record["id"], "samples": label(args, record, samples)})
+        lines.append({**record, "samples": label(args, record, samples)})
     for record, line, draft in zip(dev, lines[len(train):], drafts):
         (line["draft"],) = label(args, record, [draft])
     art.write(args.shared / "samples.jsonl", lines)
@@ -104,6 +102,8 @@ def main():
     parser.add_argument("--subquestions", action="store_true",
                         help="write sub-questions instead of samples")
     args = art.parse(parser, remember="--subquestions" in sys.argv)
+    if not args.base_url and args.bits is None:
+        args.bits = choose_bits(args.model)
     subquestions(args) if args.subquestions else sample(args)
 
 

@@ -31,8 +31,8 @@ def test_settings_are_kept_in_llm_json(copy):
 
 
 MISTAKES = {  # those of a wrong order of the scripts are in test_each_line_leads_on
-    "train_asker --run x --data MORE": "for 1 of 41 questions: run python data/sample.py",
-    "train_asker --run x --max-length 3": "raise --max-length",
+    "train_asker --run x --data MORE": "for 2 of 41 questions: run python data/sample.py",
+    "train_asker --overwrite --max-length 3": "raise --max-length",
     "train_truster --run x --truster-model nobody": "nobody",
     "evaluate --truster-from new": "run python train_truster.py --task toy --run new",
     "evaluate --compare default new": "run python evaluate.py --task toy --run new",
@@ -62,8 +62,8 @@ def test_mistakes(copy, tmp_path, command):
     shutil.copytree(BASE, "PICKLED", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file(f"{BASE}/model.safetensors"), "PICKLED/pytorch_model.bin")
     shutil.copytree(copy.data, "MORE")
-    records = art.read_jsonl("MORE/toy/train.jsonl", "")
-    art.write("MORE/toy/train.jsonl", [*records, {**records[0], "id": "new"}])
+    first, *rest = art.read_jsonl("MORE/toy/train.jsonl", "")
+    art.write("MORE/toy/train.jsonl", [{**first, "answer": "7"}, *rest, {**first, "id": "new"}])
     before = files_of(copy.folder)
     assert MISTAKES[command] in copy.refused(*command.split())
     assert files_of(copy.folder) == before
@@ -104,6 +104,7 @@ def test_each_line_leads_on(copy):
     follow("evaluate")
     assert "art" in copy.results()
     samples = (copy.runs / "toy/samples.jsonl").read_bytes()
+    art.write(copy.runs / "toy/subquestions.jsonl", [])
     follow("train_asker", "--run", "x", "--subquestions", "generated")  # the LLM writes them
     rows = art.read_jsonl(copy.runs / "toy/subquestions.jsonl", "")
     assert len(rows) == 40 and sum(len(row["subquestions"]) for row in rows) > 20

@@ -98,8 +98,8 @@ def refuse(*names):
     """A fault: the server refuses these settings, some in OpenAI's form, some in Mistral's."""
     def fault(number, body):
         for name in set(names) & set(body):
-            return ((400, {"error": {"message": f"this model has no {name}"}}) if "log" in name
-                    else (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", name]}]}))
+            said = {"detail": [{"loc": ["body", name]}]}, {"error": {"message": f"no {name}"}}
+            return (400, 403, 422)[number % 3], said[number % 3 < 2]
     return fault
 
 
@@ -111,7 +111,6 @@ def test_request_is_repeated_while_the_server_is_busy(server):
     [sent, *repeated] = server.asked
     assert repeated == [sent] * 3 and sent["path"] == "/v1/chat/completions"
     assert sent["temperature"] == 0 and "seed" not in sent
-    # an instruction takes the place of the prompt's last line
     asked = f"Question: {RECORD['question']}\n\nAnswer the question. Reason step by step, and "
     assert sent["messages"] == [{"role": "user", "content": asked + art.END["number"]}]
 

@@ -198,4 +198,5 @@ def test_an_asker_that_only_decides(copy, key, flags):
     out, stage_1 = copy.printed(), about_of(copy, "finetuned", "x")
     assert "target: Refine: " in out and stage_1.get("strategy", "cot") == "cot"
     assert ("stage 1 is skipped" in out) == ("only to decide" in out) == (not stage_1) == bool(key)
-    assert (about_of(copy, "asker", "x")["start"] is None) == bool(key)
+    copy("evaluate", "--run", "x", "--truster-from", "default", "--rows", "draft,finetuned")
+    assert ("finetuned" in copy.results("x")) == (not key)

@@ -135,6 +135,9 @@ def ask(model, prompt, adapter=True):
     local.adapter, local.base = adapter, model
     kind = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
     local.model = art.add_lora(model, kind, 16) if adapter else model
+    for weight in model.parameters():
+        if weight.ndim == 1:  # norms are in fp32 only for a training in fp16
+            weight.data = weight.data.to(model.dtype)
     texts = [{"prompt": [0] * (prompt + CAP)}] * (16_384 // (prompt + CAP))
     if kind == "SEQ_CLS":
         return art.score_batch(local.model, *list(local.pad(texts).values())[:2])

@@ -68,7 +68,8 @@ def main():
     parser.add_argument("--limit", type=int, help="only the first questions, to try it")
     args = parser.parse_args()
     handed_in = art.read_json(args.run / "results.json")
-    if handed_in.get("settings", {}).get("model") != art.TOY:
+    settings = handed_in.get("settings", {})
+    if settings.get("model") != art.TOY or settings.get("base_url"):
         raise art.UserError(f"{args.run / 'results.json'} is missing, or is not a run of the toy")
     with tempfile.TemporaryDirectory() as folder:
         found = evaluate(args, handed_in, Path(folder))
