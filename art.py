@@ -53,7 +53,7 @@ ROOT = Path(__file__).resolve().parent
 #     choose     {"p": the probability of the first of two words, ...}
 #     score      {"score": higher means "more likely correct", ...}
 #
-# Below, for each step: its prompt, target (what a model learns) and parser.
+# Below, for each step: its prompt and its function.
 
 # A chat model reads an instruction in place of the prompt's last line
 # ("Answer:"). A base model reads the prompt as it is.
@@ -1682,7 +1682,7 @@ def add_figure(args, name, key, measure):
         about[key] = measure(args)
         write(path, about)
     figure = "none, all are of one kind" if about[key] is None else f"{about[key]:.3f}"
-    print(f"AUC on dev (1 is perfect, 0.5 a coin): {figure}")
+    print(f"AUC on dev (1 is perfect, 0.5 guessing): {figure}")
 
 
 def main():
@@ -1707,7 +1707,7 @@ def main():
     asked, refined = result["asked"], result.get("refined")
     show({"question": record["question"], "draft": result["draft"]["text"],
           "sub-questions": "\n".join(asked["subquestions"]),
-          "decision": f"p(draft is incorrect) = {asked['p_refine']:.3f}, threshold "
+          "decision": f"p_refine = {asked['p_refine']:.3f}, threshold "
                       f"{threshold:.3f}: {'refine' if refined else 'keep the draft'}"})
     if refined:
         scores = "draft {:.2f}, refined {:.2f}".format(*result["scores"])

@@ -15,7 +15,7 @@ import art
 
 FROZEN, TRAINED = "#c6d8ec", "#f6c58f"  # the LLM; the Asker and the Truster
 ROWS = {"draft": "draft", "self_refine": "self_refine\n(the LLM alone)",
-        "word_gate": "word_gate\n(one word decides)", "always_truster": "always_truster\n(all refined)",
+        "word_gate": "word_gate\n(gate: one word)", "always_truster": "always_truster\n(no gate)",
         "art": "art", "best_of_k": "best_of_k\n(4 samples)",
         "oracle_choice": "oracle_choice\n(sees gold)"}
 
@@ -39,7 +39,7 @@ def flow(axes, record, threshold):
         ("1 predict: the LLM writes a draft (incorrect)", draft["text"], FROZEN),
         ("2 ask: the Asker's sub-questions", "\n".join([
             *asked["subquestions"],
-            f"p(draft is incorrect) = {asked['p_refine']:.2f}",
+            f"p_refine = {asked['p_refine']:.2f}",
             f"below the threshold {threshold:.2f} the draft is kept; here: refine"]),
          TRAINED),
         ("3 refine: the LLM answers the sub-questions", refined["text"], FROZEN),
@@ -58,7 +58,7 @@ def flow(axes, record, threshold):
         axes.annotate("", (0.5, top - 0.05), (0.5, bottom - 0.25),
                       arrowprops={"arrowstyle": "-|>", "color": "0.3"})
     axes.set(xlim=(0, 1), ylim=(y + 0.5, 0.4))
-    axes.set_title("blue: the LLM, never trained; orange: small, fine-tuned", fontsize=12)
+    axes.set_title("blue: the LLM, not fine-tuned; orange: fine-tuned", fontsize=12)
     axes.axis("off")
 
 

@@ -1,7 +1,7 @@
 """Which exercises are done? The expected values are what solutions.py gives.
 
     python docs/exercises/check.py
-    python docs/exercises/check.py FILE --json      # for marking: {exercise: verdict} of a file
+    python docs/exercises/check.py FILE --json      # as JSON: {exercise: verdict}
     python docs/exercises/check.py --docs           # write the expected values into README.md
 """
 

@@ -1,4 +1,4 @@
-"""One solution of each exercise: the tests run them, so every expected value is true."""
+"""One solution of each exercise. The expected values come from these."""
 
 import collections
 import math

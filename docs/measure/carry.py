@@ -1,9 +1,9 @@
-"""Carry answers of the second edition (commit 77d4ab9) into the cache of this one.
+"""Carry answers of version 2 (commit 77d4ab9) into the cache of this one.
 
     python docs/measure/carry.py SAID.jsonl --task gsm8k --limit-train 600 --model FOLDER \
         --bits 16 --k 4                     # samples; with --drafts --split test: drafts
 
-Both editions ask the LLM for a draft with the same prompt. An answer is carried over if the prompt,
+Both versions ask the LLM for a draft with the same prompt. An answer is carried over if the prompt,
 as the model reads it, the number of the sample and the temperature are the same. Give the model
 that wrote the file: its weights are not compared.
 """
@@ -19,7 +19,7 @@ import art
 
 
 def read_said(path):
-    """{temperature: {(hash of the prompt, number): output}} of a cache file of the second edition."""
+    """{temperature: {(hash of the prompt, number): output}} of a cache file of version 2."""
     opened = gzip.open if path.suffix == ".gz" else open
     settings, found = {}, {}
     with opened(path, "rt", encoding="utf-8") as file:
@@ -58,7 +58,7 @@ def main():
             output = said[old_hash(prompt), number]
             yield {key: {**output, "text": art.up_to(settings["stop"], output["text"])}}
 
-    llm.compute = compute  # in place of the model: what the second edition has said
+    llm.compute = compute  # in place of the model: what version 2 has said
     records = []
     for record in art.load_split(args, args.split):
         prompt = art.predict_prompt(record, args.strategy)

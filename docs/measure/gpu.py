@@ -48,7 +48,7 @@ STOP = art.ANSWER_LINE["number"] + r"[^\n]*\n"  # the kit searches for it after 
 COMPUTED = {  # GiB, by the functions of docs/measure/memory.py for the same rows and lengths
     "24gb-truster training": 11.3, "24gb-truster scoring": 10.0, "24gb-asker training": 6.5,
     "24gb-asker asking": 13.9, "24gb-llm writing": 10.1, "t4-truster training": 2.4,
-    "t4-truster scoring": 3.0, "t4-asker training": 5.2, "t4-asker asking": 9.7,
+    "t4-truster scoring": 3.0, "t4-asker training": 5.2, "t4-asker asking": 6.2,
     "t4-llm writing": 6.2, "16gb-truster training": 4.8, "16gb-truster scoring": 4.8,
     "16gb-asker training": 7.2, "16gb-asker asking": 6.9, "16gb-llm writing": 9.5}
 COLUMNS = ["piece", "what", "rows", "GiB", "GiB reserved", "GiB computed", "tokens/s",
@@ -311,18 +311,22 @@ def main():
     names, path = args.pieces or list(PIECES), args.out / "gpu.jsonl"
     if args.here:
         return run_here(path, *names)
-    rows = art.read_jsonl(path, "") if path.is_file() else []
-    art.write(path, [row for row in rows if row["piece"] not in names])
+    if unknown := {*names} - PIECES.keys():
+        parser.error(f"no piece {', '.join(sorted(unknown))}; there are {', '.join(PIECES)}")
+    missing = []
     for name in names:
         limit, left = PIECES[name][0], end - time.time()
         if left > limit / 2:
+            rows = art.read_jsonl(path, "") if path.is_file() else []
+            art.write(path, [row for row in rows if row["piece"] != name])
             run_apart(path, name, min(limit, left))
-    rows = art.read_jsonl(path, "")
+        else:
+            missing.append(name)
+    rows = art.read_jsonl(path, "") if path.is_file() else []
     cells = [[str(row.get(key, "")) for key in COLUMNS] for row in rows]
     lines = [" | ".join(line) for line in [COLUMNS, ["---"] * len(COLUMNS), *cells]]
     print(f"\n{art.provenance()}\n", *[f"| {line} |" for line in lines], sep="\n")
-    missing = {*names} - {row["piece"] for row in rows}
-    print(f"\nnot reached: {', '.join(sorted(missing)) or 'none'}")
+    print(f"\nnot reached: {' '.join(missing) or 'none'}")
     return int(any("error" in row for row in rows))
 
 
