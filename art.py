@@ -320,13 +320,13 @@ def ask_refine_trust(llm, asker, truster, args, record, threshold):
 # --- Sub-questions
 
 REFINE = r"(?i:refine)[* ]{0,3}:"  # DECISION as models write it: **refine**:
-LIST_END = rf"{REFINE}|(?i:revised answer)[* ]{{0,3}}:"
+CHECK = r"(?im:^.*\b(?:given answer|is the \w* ?answer correct))"  # no question
+LIST_END = rf"{REFINE}|(?i:revised answer)[* ]{{0,3}}:|{CHECK}"
 BOLD = r"(?<!\w)\*\*|\*\*(?!\w)"  # not the ** of 2**3
 BULLET = r"^(?:[-*+•>#]{1,6}\s+|\d{1,3}[.)](?!\d)\s*)*"  # "- ", "2) ", "1. ", not "1.5 hours"
 NO_WORD = r"(?:\\(?:begin|end)\{[^{}]*\}|[\W_])*"  # \[ or --- or \begin{align*}
 
-# The generation of sub-questions stops at "Refine:", after a line that repeats an earlier one, or
-# after eight lines.
+# Generation stops at "Refine:", after a line that repeats an earlier one, or after eight lines.
 LINE = rf"(?=[^\n]*\S)(?![^\n]*{REFINE})"  # not blank, not the decision
 ASK_STOP = (
     rf"{REFINE}"
@@ -371,7 +371,7 @@ NO_WORDS = (
 # The answer line: `#### 18`, `#### **$18**.`, `#### yes`. Generation stops after it. A line with
 # words, as `#### 3 eggs for breakfast`, may be a heading, so generation goes on.
 ANSWER_LINE = {kind: f"####{GAP}{first}{NO_WORDS}" for kind, first in FIRST.items()}
-# In a finished text the last line (before a next question) may have words: it is no heading.
+# In a finished text the last line (before a next question) may have words.
 LAST_LINE = r"(?:(?!####)[^\n])*(?![^\n])(?=[\W_]*(?:\Z|Question:))"
 
 # "the answer is", **Answer:**, answer =
@@ -1054,7 +1054,7 @@ def from_pretrained(kind, name, **settings):
 
 
 def weights_id(name):
-    """What identifies a model: its commit on the Hub, or a hash of a folder's files."""
+    """What identifies a model: its commit on the Hub, or a hash of its files."""
     folder = folder_of(str(name))
     if not folder:  # the Hub's cache has one folder for each commit
         from transformers.utils import cached_file
@@ -1637,7 +1637,7 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
     """Train the adapter "finetuned", "asker" or "truster", unless it is finished.
 
     args.json holds the settings (a training with others is refused), versions and figures.
-    questions.txt holds hashes of the questions.
+    questions.txt: hashes of the questions.
     """
     import torch
     role = "truster" if name == "truster" else "asker"
