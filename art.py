@@ -698,10 +698,9 @@ def distinct_samples(lines, record):
 
 def too_few(lines, what):
     """The error for samples that teach nothing: cause and remedy."""
-    fix = "--k 8"
-    if not any(one["finished"] for line in lines.values() for one in line["samples"]):
-        fix = "a larger --max-new-tokens (all were cut off)"
-    return UserError(f"{what}: give data/sample.py {fix}, or another --model")
+    cut_off = [not one["finished"] for line in lines.values() for one in line["samples"]]
+    return UserError(f"{what}; {sum(cut_off) / len(cut_off):.0%} of the samples were cut off. Give "
+                     "data/sample.py a larger --limit, --k or --max-new-tokens, or another --model")
 
 
 def load_columns(folder, file="records.jsonl"):
@@ -824,10 +823,10 @@ def make_parser(doc, script):
     add = parser.add_argument
     count = functools.partial(add, type=COUNT, metavar="N")
     add("--task", default="toy", help="a folder of data/ (default toy: nothing to download)")
-    add("--preset", choices=PRESETS, help="models and sizes (default small; the others need a GPU)")
+    add("--preset", choices=PRESETS, help="models and sizes (toy: toy; default small; others: GPU)")
     count("--limit", help="only the first N questions of each split")
     if script not in ("solve", "evaluate"):
-        count("--limit-train", help="only the first N training questions")
+        count("--limit-train", help="training questions, at most --limit")
     add("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="folder of all runs")
     add("--data", type=Path, default=ROOT / "data", metavar="DIR", help="folder of the tasks")
     if script != "sample":  # the runs of a task share their samples
@@ -842,13 +841,12 @@ def make_parser(doc, script):
     add(f"--{script}-model", metavar="MODEL", help="base model: a folder or Hub id (by preset)")
     add("--overwrite", action="store_true", help="delete this run's adapter and train again")
     add("--adapter-bits", type=int, choices=(4, 16, 32),
-        help="bits of the frozen weights (default 4 on a GPU, 32 on a CPU, 4 for the toy)")
+        help="bits of the frozen weights (default 4; on a CPU 32, for the toy 4)")
     add("--lr", type=NUMBER_FLAG, help="peak learning rate (default 2e-4, as QLoRA; toy: 2e-3)")
     count("--rank", default=16, help="rank of LoRA; alpha is twice that (default 16)")
     add("--epochs", type=NUMBER_FLAG, help="passes over the examples (default 1)")
     count(f"--{script}-batch", help="examples of a step (by preset)")
-    count(f"--{script}-at-once",
-          help="examples in memory at a time (by preset); the steps stay the same")
+    count(f"--{script}-at-once", help="examples in memory at a time (by preset)")
     count("--max-length", help="longest example in tokens (by preset)")
     count("--save-steps", default=25, help="steps between checkpoints (25)")
     add("--report-to", choices=("trackio", "wandb"), help="also send the loss to this tracker")
@@ -895,7 +893,7 @@ def parse(parser, argv=None, remember=True):
     args.shared = args.runs / args.task
     if hasattr(args, "run"):
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", args.run):
-            raise UserError("--run NAME: use letters, digits, dot, hyphen and underscore only")
+            raise UserError("--run NAME: use only letters, digits, dot, - and _")
         args.folder = args.shared / args.run
     return args
 
@@ -903,7 +901,7 @@ def parse(parser, argv=None, remember=True):
 def run(main):
     """Call a script's `main`. An error that the user can fix becomes one line, exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # Windows may lack a letter of the text
+        if hasattr(stream, "reconfigure"):  # Windows may lack letters
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # libraries warn about each other
@@ -924,7 +922,7 @@ def explain(error):
     text = str(error)
     if isinstance(error, UserError):
         return text
-    if "torchao" in text:  # Colab has an old one, which peft refuses
+    if "torchao" in text:  # Colab has one that peft refuses
         return f"{text}: run pip uninstall -y torchao"
     if isinstance(error, ImportError):
         return f"{text}: run pip install {error.name or '-r requirements.txt'}"
@@ -997,7 +995,7 @@ class Model:
             lock = FileLock(self.args.shared / "answers.lock")
             try:
                 held = lock.acquire(timeout=0)
-            except Timeout:  # it may be generating the same answers
+            except Timeout:  # it may generate the same ones
                 print("waiting for another process that uses this folder", flush=True)
                 held = lock.acquire()
             with held:
@@ -1050,7 +1048,8 @@ def from_pretrained(kind, name, **settings):
             folder_of(name) or name, trust_remote_code=False, **settings)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load the model {name!r}: {reason}") from None
+        raise UserError(f"cannot load {name!r}: give another --model, --asker-model or "
+                        f"--truster-model. {reason}") from None
 
 
 def weights_id(name):
@@ -1694,7 +1693,7 @@ def main():
     if args.random:
         record = random.choice(load_split(args, "test"))
     elif not record["question"]:
-        raise UserError("give a question in quotes, or --random for one of the test questions")
+        raise UserError("give a question in quotes, or --random")
     elif args.preset == "toy":
         print("note: the toy's models understand only the toy's questions (--random)")
 

@@ -269,8 +269,7 @@ class Outputs:
 
     def tokens(self, stages):
         """The tokens that these stages read and wrote for each question."""
-        return sum(self.column(stage, key) for stage in stages
-                   for key in ("prompt_tokens", "tokens"))
+        return sum(self.column(one, key) for one in stages for key in ("prompt_tokens", "tokens"))
 
     def gain(self, row, chooser):
         """+1 where the answer that the chooser takes fixes the draft, -1 where it breaks it."""
@@ -303,13 +302,14 @@ class Outputs:
             new, old = (self.column(stage, "logprob") / np.maximum(1, self.column(stage, "tokens"))
                         for stage in (answer, "draft"))
             return new - old
-        return self.both(answer)
+        if chooser == "both":
+            return self.both(answer)
+        raise art.UserError(f"no chooser {chooser} in Outputs.margin")
 
     def both(self, answer):
-        """The margins of Truster and log-probability, weighed on dev.
+        """The margins of Truster and log-probability, divided by their deviations, weighed on dev.
 
-        Each is divided by its standard deviation. The weights are fitted where just one of the two
-        answers is correct. Where a server gives no log-probabilities: the Truster's margin.
+        The weights are fitted where just one answer is correct. No log-probabilities: Truster.
         """
         truster, logprob = (self.margin(answer, chooser) for chooser in ("truster", "logprob"))
         if np.isnan(logprob).all():
@@ -343,13 +343,13 @@ def make_row(outputs, row):
     """(figures of a row on test, which of its answers are correct)."""
     test, drafts, other = outputs.test, outputs.correct["draft"], outputs.correct[row.answer]
     refine, take, threshold = outputs.decide(ROWS["asker"] if row.gate == "random" else row)
-    if row.gate == "random":  # what is expected if each question is refined with this probability
+    if row.gate == "random":  # expected, if each question is refined with this probability
         refine = take = np.full(len(drafts), refine[test].mean())
         correct, threshold = (1 - take) * drafts + take * other, None
     else:
         gates = outputs.of.get(row.gate, [{"failed": ""}] * len(drafts))
         correct = np.where(take, other, drafts) & [not gate["failed"] for gate in gates]
-    # tokens: all questions pay for draft and gate, the refined ones for the other stages, too
+    # all questions pay for draft and gate, refined ones for the other stages, too
     stages = stages_of(row)
     before = stages & with_reads({"draft", row.gate})
     tokens = outputs.tokens(before) + refine * outputs.tokens(stages - before)
@@ -434,7 +434,7 @@ def compare_runs(args):
     runs = []
     for name in args.compare:
         folder = args.shared / name if (args.shared / name).is_dir() else Path(name)
-        fix = f"run python evaluate.py --task {args.task} --run {name}"
+        fix = f"run python evaluate.py --task {args.task} --run {name}, or give a folder"
         runs.append(art.read_jsonl(folder / "records.jsonl", fix))
     print(f"| row | {' | '.join(args.compare)} |\n{'| --- ' * (1 + len(runs))}|")
     for row in runs[0][0]["correct"]:
@@ -445,7 +445,7 @@ def compare_runs(args):
     if [record["id"] for record in first] != [record["id"] for record in second]:
         raise art.UserError("a paired difference needs runs on the same test questions")
     if old not in first[0]["correct"] or new not in second[0]["correct"]:
-        raise art.UserError(f"a run has no row {old} or {new}: add it with evaluate.py --rows")
+        raise art.UserError(f"no row {old} or {new}: add it by --rows, art@T by --threshold T")
     found = compare([r["correct"][new] for r in second], [r["correct"][old] for r in first])
     print(f"\n{new} of {args.compare[:2][-1]} minus {old} of {args.compare[0]}: "
           f"{difference(found)} points, exact McNemar p = {found['p']:.3g}, won {found['won']}, "

@@ -102,9 +102,10 @@ def load_subquestions(args, records):
             args.subquestions = "none"
             print(f"without sub-questions the Asker learns only to decide. To learn to ask, {fix}")
     if args.subquestions == "generated":
-        gold = {line["id"]: line["subquestions"] for line in art.read_jsonl(path, fix)}
-        if any(record["id"] not in gold for record in records):
+        lines = {line["id"]: line for line in art.read_jsonl(path, fix)}
+        if not all(one.items() <= lines.get(one["id"], {}).items() for one in records):
             raise art.UserError(f"{path} lacks some of the questions: {fix}")
+        gold = {name: line["subquestions"] for name, line in lines.items()}
     elif args.subquestions == "gold" and not any(gold.values()):
         raise art.UserError(f"{args.task} has no gold sub-questions: give --subquestions none")
     return dict.fromkeys(gold, []) if args.subquestions == "none" else gold

@@ -75,9 +75,9 @@ def main():
     records = art.load_split(args, "train")
     lines = art.load_samples(args, records)
     groups = contrast(records, lines, tokenizer)
-    print(f"the Truster learns from {len(groups):,} of {len(records):,} questions")
+    print(f"{len(groups):,} of {len(records):,} questions have correct and incorrect samples")
     if len(groups) < 8:
-        raise art.too_few(lines, "the Truster needs 8 questions")
+        raise art.too_few(lines, "the Truster needs 8 such questions")
 
     art.show({f"{'a correct' if correct else 'an incorrect'} answer": tokenizer.decode(ids)
               for ids, correct in zip(groups[0]["rows"], groups[0]["correct"])})

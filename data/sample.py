@@ -88,7 +88,7 @@ def subquestions(args):
         solution = art.solution_text(record.get("solution", []), record["answer"])
         prompts.append(art.render(llm, args, art.ask_prompt(record, solution), "ask"))
     asked = art.write_subquestions(llm, args, prompts)
-    lines = [{"id": record["id"], "subquestions": output["subquestions"]}
+    lines = [{**record, "subquestions": output["subquestions"]}
              for record, output in zip(records, asked)]
     art.write(args.shared / "subquestions.jsonl", lines)
     art.show({"question": records[0]["question"],
