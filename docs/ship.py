@@ -1,10 +1,13 @@
 """Copy a finished run to docs/runs/NAME: its table, and the records without what is long.
 
     python docs/ship.py runs/toy/default toy
+    python docs/ship.py runs/gsm8k/default gsm8k --without-texts     # all stages, numbers alone
 """
 
 import argparse
+import difflib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -27,16 +30,32 @@ def slim(record):
     return kept
 
 
+def numbers(record):
+    """A record without question and texts: every stage, and the sizes of the Asker's list."""
+    kept = {key: record[key] for key in ("id", "answer", "correct")}
+    keys = {*ANSWER, "prompt_tokens", "p_refine", "score"} - {"text"}
+    for stage, output in record.items():
+        if isinstance(output, dict) and stage != "correct":
+            kept[stage] = {key: output[key] for key in sorted(output.keys() & keys)}
+    gold, asked = art.gold_subquestions(record), record.get("ask", {}).get("subquestions", [])
+    last = re.split(r"(?<=[.!?])\s+", record["question"])[-1]
+    ends = difflib.SequenceMatcher(None, asked[-1:] and asked[-1].lower(), last.lower()).ratio()
+    kept["lists"] = [len(asked), len(gold), ends > 0.6]
+    return kept
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("name", help="its name in docs/runs")
+    parser.add_argument("--without-texts", action="store_true", help="of data that is not ours")
     args = parser.parse_args()
     folder, fix = HERE / "runs" / args.name, "run python evaluate.py first"
     for name in ("records.jsonl", "dev.jsonl"):
         records = art.read_jsonl(args.run / name, fix)
-        art.write(folder / name, [slim(record) for record in records])
+        shorten = numbers if args.without_texts else slim
+        art.write(folder / name, [shorten(record) for record in records])
     results = (args.run / "results.json").read_text("utf-8")
     results = json.loads(results.replace(f"{art.ROOT.as_posix()}/", ""))
     llm = Path(results["settings"]["model"])

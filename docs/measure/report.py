@@ -1,0 +1,123 @@
+"""What the records of a finished run say: its rows again, intervals of AUC, a part of the questions.
+
+    python docs/measure/report.py docs/runs/gsm8k
+    python docs/measure/report.py docs/runs/gsm8k --below 400    # test questions with such a number
+
+Thresholds and weights are fitted again, on dev. Intervals of AUC are bootstrap intervals over
+questions (2,000 draws, seed 0). No model is asked.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import art
+import evaluate
+
+PAIRS = [("art_both", "draft"), ("art_both", "self_refine"), ("art_both", "second_sample"),
+         ("art", "draft"), ("art", "self_refine"), ("art_logprob", "draft"), ("art", "art_logprob")]
+
+
+def load(folder, below):
+    """(Outputs as evaluate.py has them, results.json)."""
+    dev, test = (art.read_jsonl(folder / name, "run python evaluate.py, then docs/ship.py")
+                 for name in ("dev.jsonl", "records.jsonl"))
+    results = art.read_json(folder / "results.json")
+    if below:
+        test = [one for one in test if int(re.search(r"\d+$", one["id"])[0]) < below]
+    outputs = evaluate.Outputs(SimpleNamespace(task=results["task"]), dev, test)
+    for stage in evaluate.STAGES:
+        if stage not in dev[0]:
+            continue
+        outputs.of[stage] = made = [{"failed": "", **record[stage]} for record in dev + test]
+        if "answer" in made[0]:
+            outputs.correct[stage] = np.array([
+                one["finished"] and one["answer"] == art.extract_answer(
+                    results["task"], f"#### {record['answer']}\n")
+                for one, record in zip(made, outputs.records)], bool)
+    if "logprob" not in outputs.of:
+        outputs.of["logprob"] = evaluate.logprob_gate(None, None, None, outputs.of["draft"])
+    return outputs, results
+
+
+def interval(scores, labels):
+    """AUCs (or the difference of two: `scores` is a pair) with a 95% bootstrap interval."""
+    def value(chosen):
+        found = [art.auc(one[chosen], labels[chosen]) for one in scores]
+        return None if None in found else found[0] - (found[1] if len(found) == 2 else 0)
+
+    draws = np.random.default_rng(0).integers(0, len(labels), (2000, len(labels)))
+    drawn = [one for one in map(value, draws) if one is not None]
+    if not drawn:
+        return "-"
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return f"{value(np.arange(len(labels))):.3f} ({low:.3f} to {high:.3f})"
+
+
+def aucs(outputs, part):
+    """[(name, AUC with interval), ...]: gates on all drafts, choosers where refining changed."""
+    drafts, refined = outputs.correct["draft"][part], outputs.correct["refined"][part]
+    changed, lines = refined != drafts, []
+    for stage in ("ask", "ask_self", "logprob"):
+        if stage in outputs.of:
+            p = outputs.column(stage, "p_refine")[part]
+            lines.append((f"gate {stage}", interval([p[p >= 0]], ~drafts[p >= 0])))
+    margins = {chooser: np.nan_to_num(outputs.margin("refined", chooser))[part][changed]
+               for chooser in ("truster", "logprob", "both")}
+    for chooser, margin in margins.items():
+        lines.append((f"chooser {chooser}", interval([margin], refined[changed])))
+    for other in ("truster", "logprob"):
+        lines.append((f"both minus {other}",
+                      interval([margins["both"], margins[other]], refined[changed])))
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished or shipped run")
+    parser.add_argument("--below", type=int, metavar="N", help="only ids with a number below N")
+    args = parser.parse_args()
+    outputs, results = load(args.run, args.below)
+    n, rows = len(outputs.records[outputs.test]), {}
+    print(f"{n:,} test questions, {len(outputs.records[outputs.dev]):,} of dev\n\n"
+          "| row | correct (95%) | points over the draft (95%) | p | fixed | broken |\n"
+          + "| --- " * 6 + "|")
+    for row in results["rows"]:
+        name = row["row"]
+        rule = evaluate.ROWS.get(name)
+        if name == "random_gate" or not rule or not evaluate.stages_of(rule) <= outputs.of.keys():
+            continue
+        if rule.gate == "word" and "question" not in outputs.records[0]:
+            continue
+        figures, rows[name] = evaluate.make_row(outputs, rule)
+        found = evaluate.compare(rows[name], rows["draft"])
+        low, high = figures["ci95"]
+        print(f"| {name} | {figures['accuracy']:.1%} ({low:.1%} to {high:.1%}) | "
+              f"{evaluate.difference(found)} | {found['p']:.2g} | {figures['fixed']} | "
+              f"{figures['broken']} |")
+    print(f"\n| pair | points (95%) | p | won | lost |\n{'| --- ' * 5}|")
+    for new, old in PAIRS:
+        if {new, old} <= rows.keys():
+            found = evaluate.compare(rows[new], rows[old])
+            print(f"| {new} minus {old} | {evaluate.difference(found)} | {found['p']:.2g} | "
+                  f"{found['won']} | {found['lost']} |")
+    parts = {"test": outputs.test, "dev": outputs.dev}
+    print(f"\n| AUC (95%) | {' | '.join(parts)} |\n{'| --- ' * 3}|")
+    for (name, first), (_, second) in zip(*(aucs(outputs, part) for part in parts.values())):
+        print(f"| {name} | {first} | {second} |")
+    lists = [record["lists"] for record in outputs.records[outputs.test] if "lists" in record]
+    if lists:
+        lines, gold, ends = np.array(lists, float).T
+        print(f"\nlists of the Asker: {lines.mean():.2f} lines (gold {gold.mean():.2f}); "
+              f"{np.mean(lines == gold):.0%} are as long as gold, {ends.mean():.0%} end in a line "
+              "like the question")
+
+
+if __name__ == "__main__":
+    art.run(main)
