@@ -320,7 +320,7 @@ def ask_refine_trust(llm, asker, truster, args, record, threshold):
 # --- Sub-questions
 
 REFINE = r"(?i:refine)[* ]{0,3}:"  # DECISION as models write it: **refine**:
-CHECK = r"(?im:^.*\b(?:given answer|is the \w* ?answer correct))"  # no question
+CHECK = r"(?im:^.*\b(?:given answer|is the \w* ?answer correct))"  # no sub-question
 LIST_END = rf"{REFINE}|(?i:revised answer)[* ]{{0,3}}:|{CHECK}"
 BOLD = r"(?<!\w)\*\*|\*\*(?!\w)"  # not the ** of 2**3
 BULLET = r"^(?:[-*+•>#]{1,6}\s+|\d{1,3}[.)](?!\d)\s*)*"  # "- ", "2) ", "1. ", not "1.5 hours"
@@ -588,7 +588,7 @@ def find_tasks(data):
 
 
 def read_jsonl(path, fix):
-    """The records of a JSONL file; `fix` tells the user how to make the file."""
+    """The records of a JSONL file; `fix` tells the user how to make it."""
     if not Path(path).is_file():
         raise UserError(f"{path} is missing: {fix}")
     records = []
@@ -698,7 +698,8 @@ def distinct_samples(lines, record):
 
 def too_few(lines, what):
     """The error for samples that teach nothing: cause and remedy."""
-    cut_off = [not one["finished"] for line in lines.values() for one in line["samples"]]
+    samples = [one for line in lines.values() for one in line["samples"]]
+    cut_off = [not one["finished"] and not one["failed"] for one in samples]
     return UserError(f"{what}; {sum(cut_off) / len(cut_off):.0%} of the samples were cut off. Give "
                      "data/sample.py a larger --limit, --k or --max-new-tokens, or another --model")
 
@@ -754,7 +755,7 @@ def code_hash(*sources):
 
 
 def question_hash(record):
-    """A hash of a question's words; adapters keep those of their questions."""
+    """A hash of a question's words and signs; adapters keep those of theirs."""
     return short_hash(re.findall(r"[\w+*/^<>=-]+", record["question"].casefold()))
 
 
@@ -765,7 +766,7 @@ def show(parts):
 
 
 def provenance():
-    """The commit of the kit ("+": with uncommitted changes) and the versions it runs on."""
+    """The commit of the kit ("+": with uncommitted changes) and versions."""
     commit = None
     if shutil.which("git"):
         git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
@@ -802,7 +803,7 @@ LLM_KEYS = ["preset", "model", "base_url", "bits", "k", "limit_train", "max_new_
 
 
 def at_least(least, kind):
-    """A converter of flags that takes numbers of `least` or more."""
+    """Converts a flag; takes numbers of `least` or more."""
     def convert(text):
         value = kind(text)
         if not least <= value < math.inf:
@@ -823,10 +824,10 @@ def make_parser(doc, script):
     add = parser.add_argument
     count = functools.partial(add, type=COUNT, metavar="N")
     add("--task", default="toy", help="a folder of data/ (default toy: nothing to download)")
-    add("--preset", choices=PRESETS, help="models and sizes (toy: toy; default small; others: GPU)")
+    add("--preset", choices=PRESETS, help="models and sizes (default: small; toy for the toy)")
     count("--limit", help="only the first N questions of each split")
     if script not in ("solve", "evaluate"):
-        count("--limit-train", help="training questions, at most --limit")
+        count("--limit-train", help="only the first N training questions")
     add("--runs", type=Path, default=ROOT / "runs", metavar="DIR", help="folder of all runs")
     add("--data", type=Path, default=ROOT / "data", metavar="DIR", help="folder of the tasks")
     if script != "sample":  # the runs of a task share their samples
@@ -834,7 +835,7 @@ def make_parser(doc, script):
     if script not in ("sample", "solve"):
         add("--seed", type=int, default=0, help="seed of the training (default 0)")
     add("--kv-gib", type=NUMBER_FLAG, metavar="GIB",
-        help="memory for keys and values (default: a quarter of free GPU memory)")
+        help="memory for keys and values (default: by the free GPU memory)")
     if script not in ("asker", "truster"):
         add_llm_flags(add, count, script)
         return parser
@@ -930,7 +931,7 @@ def explain(error):
         return f"the disk is full; {SAVED}"
     if re.search("out of memory|ALLOC_FAILED|not enough memory|can't allocate memory", text):
         return (f"out of memory; {SAVED}. Lower --kv-gib, --asker-at-once or --truster-at-once, or "
-                "a smaller model")
+                "take a smaller model")
     if isinstance(error, (OSError, sqlite3.Error)):
         return f"cannot use the folder: {text}; give --runs DIR, a folder you can write to"
     return ""
@@ -1013,7 +1014,7 @@ class Model:
         return outputs
 
     def generated(self, wanted, cached, settings):
-        """{key: output} of the questions that are not cached; they are saved batch by batch."""
+        """{key: output} of the questions that are not cached; saved batch by batch."""
         from tqdm import tqdm
         missing = {key: question for key, question in wanted.items() if key not in cached}
         print(f"{self.label}: {len(cached):,} of {len(wanted):,} cached, generating "
@@ -1184,7 +1185,7 @@ class Local(Model):
         super().__init__(args, identity, bool(self.tokenizer.chat_template) and not adapter)
 
     def load(self):
-        """Load the weights; the model that was loaded before makes room."""
+        """Load the weights; the model loaded before makes room."""
         if Local.loaded is self:
             return
         if Local.loaded:
@@ -1268,7 +1269,7 @@ class Local(Model):
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
 
     def write(self, rows, settings):
-        """Texts, token by token. A row that is finished leaves the batch."""
+        """Texts, token by token. A finished row leaves the batch."""
         import torch
         for row in rows:
             row |= {"ids": [], "finished": False, "logprob": 0.0}
@@ -1305,7 +1306,7 @@ class Local(Model):
         return tokens[:, 0].clamp(max=cdf.shape[1] - 1)
 
     def note(self, rows, tokens, logits, stop):
-        """Append the new tokens to their rows, and see which rows are finished."""
+        """Append the new tokens to their rows, and see which are finished."""
         ends = self.base.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
         logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
@@ -1386,7 +1387,7 @@ class Server(Model):
                 write(self.path, {**read_json(self.path), self.name: self.refused})
 
     def compute(self, missing, settings):
-        """Yield {key: output}, one at a time, as the replies arrive."""
+        """Yield {key: output}, one by one."""
         pool = ThreadPoolExecutor(self.args.concurrency)
         try:
             jobs = {pool.submit(self.attempt, question, settings): key
@@ -1397,10 +1398,10 @@ class Server(Model):
                 if self.failures == 20:
                     raise UserError(f"20 replies in a row failed, the last one: {output['failed']}."
                                     " Check --base-url (most end in /v1) and --model")
-                if output.get("logprob", 0) is None and "logprobs" in settings["send"]:
-                    if "failed" not in output and not self.told:
-                        print("the server gives no log-probabilities", flush=True)
-                        self.told = True
+                silent = output.get("logprob", 0) is None and "failed" not in output
+                if silent and "logprobs" in settings["send"] and not self.told:
+                    print("the server gives no log-probabilities", flush=True)
+                    self.told = True
                 yield {jobs[job]: output}
         finally:  # after an error or Ctrl-C no new request is sent
             pool.shutdown(wait=False, cancel_futures=True)
@@ -1651,8 +1652,10 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
     print(f"{len(short):,} of {len(examples):,} examples have at most {args.max_length} tokens")
     if not short:
         raise UserError("no example is short enough: raise --max-length")
-    for old in {name, name.replace("finetuned", "asker")} if args.overwrite else ():
-        shutil.rmtree(args.folder / old, ignore_errors=True)  # the Asker continues from finetuned
+    if args.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+        if name == "finetuned":  # the Asker continues from it
+            shutil.rmtree(args.folder / "asker", ignore_errors=True)
     about = read_json(folder / "args.json")
     for key, value in now.items():
         if about and about.get(key) != value:

@@ -343,7 +343,7 @@ def make_row(outputs, row):
     """(figures of a row on test, which of its answers are correct)."""
     test, drafts, other = outputs.test, outputs.correct["draft"], outputs.correct[row.answer]
     refine, take, threshold = outputs.decide(ROWS["asker"] if row.gate == "random" else row)
-    if row.gate == "random":  # expected, if each question is refined with this probability
+    if row.gate == "random":  # expected if each question is refined so often
         refine = take = np.full(len(drafts), refine[test].mean())
         correct, threshold = (1 - take) * drafts + take * other, None
     else:
@@ -387,9 +387,9 @@ def aucs(outputs):
 # --- What is printed and written
 
 
-def difference(found):
+def difference(pair):
     """A paired difference in points."""
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*np.dot(100, [found["delta"], *found["ci95"]]))
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*np.multiply(100, [pair["delta"], *pair["ci95"]]))
 
 
 def table(results):
@@ -457,7 +457,7 @@ def parse_args():
     parser = art.make_parser(__doc__, "evaluate")
     add = parser.add_argument
     add("--rows", default=",".join(DEFAULT_ROWS), metavar="ROW,...",
-        help=f"rows, beside earlier ones: all, or some of {', '.join(ROWS)}")
+        help=f"rows to add to earlier ones: all, or some of {', '.join(ROWS)}")
     add("--threshold", default="", metavar="T,...", help="also row art at these thresholds")
     add("--compare", nargs="+", metavar="RUN", help="only compare finished runs (names, folders)")
     add("--row", default="art", metavar="ROW", help="the row to compare (art)")

@@ -32,9 +32,9 @@ def choose_bits(name):
     return 32 if 4 * parameters < psutil.virtual_memory().total / 2 else 16
 
 
-def sample(args):
+def sample(args, train):
     """Write samples.jsonl and llm.json."""
-    train, dev = art.load_split(args, "train"), art.load_split(args, "dev")
+    dev = art.load_split(args, "dev")
     llm = art.open_model(args, "llm")
     print(f"the LLM answers {len(train):,} training and {len(dev):,} dev questions "
           f"{args.k} times", flush=True)
@@ -79,9 +79,9 @@ def report(args, records, drawn):
           f"{mixed:,} questions have correct and incorrect ones")
 
 
-def subquestions(args):
+def subquestions(args, records):
     """Write subquestions.jsonl: the LLM asks what the gold solution of each question settles."""
-    records, llm = art.load_split(args, "train"), art.open_model(args, "llm")
+    llm = art.open_model(args, "llm")
     llm.label = "sub-questions"
     prompts = []
     for record in records:
@@ -93,8 +93,7 @@ def subquestions(args):
     art.write(args.shared / "subquestions.jsonl", lines)
     art.show({"question": records[0]["question"],
               "sub-questions": "\n".join(asked[0]["subquestions"])})
-    print(f"{args.shared / 'subquestions.jsonl'} is written. Next: python train_asker.py "
-          f"--task {args.task}")
+    print(f"{args.shared / 'subquestions.jsonl'} is written: run python train_asker.py")
 
 
 def main():
@@ -102,9 +101,10 @@ def main():
     parser.add_argument("--subquestions", action="store_true",
                         help="write sub-questions instead of samples")
     args = art.parse(parser, remember="--subquestions" in sys.argv)
+    train = art.load_split(args, "train")  # before a model is loaded
     if not args.base_url and args.bits is None:
         args.bits = choose_bits(args.model)
-    subquestions(args) if args.subquestions else sample(args)
+    subquestions(args, train) if args.subquestions else sample(args, train)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ def numbers(record):
             kept[stage] = {key: output[key] for key in sorted(output.keys() & keys)}
     gold, asked = art.gold_subquestions(record), record.get("ask", {}).get("subquestions", [])
     last = re.split(r"(?<=[.!?])\s+", record["question"])[-1]
-    ends = difflib.SequenceMatcher(None, asked[-1:] and asked[-1].lower(), last.lower()).ratio()
-    kept["lists"] = [len(asked), len(gold), ends > 0.6]
+    end = asked[-1].lower() if asked else ""
+    alike = difflib.SequenceMatcher(None, end, last.lower(), autojunk=False).ratio()
+    kept["lists"] = [len(asked), len(gold), alike > 0.6]
     return kept
 
 

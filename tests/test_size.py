@@ -13,7 +13,7 @@ SIZES = {
 }
 FILES = [path for where in ("*.py", "data/**/*.py", "docs/**/*.py", "tests/**/*.py")
          for path in sorted(ROOT.glob(where))]
-# Words that have plainer ones, and folders of the author (in brackets, not to find this file).
+# Words that have plainer ones, and folders of the author (the brackets keep this file out).
 FORBIDDEN = re.compile(r"(?i)\b([a]new|[m]end(s|ed|ing)?|[w]hoever|in the [p]lace of)\b"
                        r"|/([w]ork|[r]oot|[o]pt)/|/[h]ome/\w|/[U]sers/")
 HOSTS = {"raw.githubusercontent.com", "github.com", "huggingface.co", "arxiv.org",

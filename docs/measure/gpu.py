@@ -322,7 +322,9 @@ def main():
             run_apart(path, name, min(limit, left))
         else:
             missing.append(name)
+    reached = {*names} - {*missing}
     rows = art.read_jsonl(path, "") if path.is_file() else []
+    rows = [row for row in rows if row["piece"] in reached]
     cells = [[str(row.get(key, "")) for key in COLUMNS] for row in rows]
     lines = [" | ".join(line) for line in [COLUMNS, ["---"] * len(COLUMNS), *cells]]
     print(f"\n{art.provenance()}\n", *[f"| {line} |" for line in lines], sep="\n")

@@ -54,6 +54,7 @@ def points(correct, drafts):
 
 def main():
     parser = art.make_parser(__doc__, "evaluate")
+    parser.add_argument("--limit-train", type=art.COUNT, metavar="N", help="only the first N")
     parser.add_argument("--skip", type=int, default=600, metavar="N",
                         help="training questions to leave out: those that the Asker learned from")
     args = art.parse(parser)

@@ -1,4 +1,4 @@
-"""What the records of a finished run say: its rows again, intervals of AUC, a part of the questions.
+"""What the records of a finished run say: its rows, pairs of rows, AUCs with intervals.
 
     python docs/measure/report.py docs/runs/gsm8k
     python docs/measure/report.py docs/runs/gsm8k --below 400    # test questions with such a number
@@ -25,11 +25,14 @@ PAIRS = [("art_both", "draft"), ("art_both", "self_refine"), ("art_both", "secon
 
 def load(folder, below):
     """(Outputs as evaluate.py has them, results.json)."""
+    art.find_tasks(art.ROOT / "data")
     dev, test = (art.read_jsonl(folder / name, "run python evaluate.py, then docs/ship.py")
                  for name in ("dev.jsonl", "records.jsonl"))
     results = art.read_json(folder / "results.json")
     if below:
-        test = [one for one in test if int(re.search(r"\d+$", one["id"])[0]) < below]
+        test = [one for one in test if int(re.search(r"\d*$", one["id"])[0] or below) < below]
+        if not test:
+            raise art.UserError(f"no id of {folder} ends in a number below {below}")
     outputs = evaluate.Outputs(SimpleNamespace(task=results["task"]), dev, test)
     for stage in evaluate.STAGES:
         if stage not in dev[0]:
@@ -61,12 +64,15 @@ def interval(scores, labels):
 
 def aucs(outputs, part):
     """[(name, AUC with interval), ...]: gates on all drafts, choosers where refining changed."""
-    drafts, refined = outputs.correct["draft"][part], outputs.correct["refined"][part]
-    changed, lines = refined != drafts, []
+    drafts, lines = outputs.correct["draft"][part], []
     for stage in ("ask", "ask_self", "logprob"):
         if stage in outputs.of:
             p = outputs.column(stage, "p_refine")[part]
             lines.append((f"gate {stage}", interval([p[p >= 0]], ~drafts[p >= 0])))
+    if "score_refined" not in outputs.of:
+        return lines
+    refined = outputs.correct["refined"][part]
+    changed = refined != drafts
     margins = {chooser: np.nan_to_num(outputs.margin("refined", chooser))[part][changed]
                for chooser in ("truster", "logprob", "both")}
     for chooser, margin in margins.items():
@@ -84,13 +90,15 @@ def main():
     parser.add_argument("--below", type=int, metavar="N", help="only ids with a number below N")
     args = parser.parse_args()
     outputs, results = load(args.run, args.below)
+    if results["rows"][0]["row"] != "draft":
+        raise art.UserError(f"{args.run} has no row draft: add it with evaluate.py --rows")
     n, rows = len(outputs.records[outputs.test]), {}
     print(f"{n:,} test questions, {len(outputs.records[outputs.dev]):,} of dev\n\n"
           "| row | correct (95%) | points over the draft (95%) | p | fixed | broken |\n"
           + "| --- " * 6 + "|")
     for row in results["rows"]:
         name = row["row"]
-        rule = evaluate.ROWS.get(name)
+        rule = evaluate.ROWS.get(name)  # none for art@T
         if name == "random_gate" or not rule or not evaluate.stages_of(rule) <= outputs.of.keys():
             continue
         if rule.gate == "word" and "question" not in outputs.records[0]:
