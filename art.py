@@ -679,14 +679,14 @@ def load_split(args, split):
     return kept[: min(filter(None, limits), default=None)]
 
 
-def load_samples(args, records):
-    """{id: line of samples.jsonl}; a line is a record with "samples", of dev also with "draft"."""
-    path = args.shared / "samples.jsonl"
-    fix = f"run python data/sample.py --task {args.task}, with your other flags"
+def load_samples(args, records, name="samples", flag=""):
+    """{id: line}; a line is a record with "samples" (dev: "draft", too) or "subquestions"."""
+    path = args.shared / f"{name}.jsonl"
+    fix = f"run python data/sample.py --task {args.task}{flag}, with your other flags"
     lines = {line["id"]: line for line in read_jsonl(path, fix)}
     missing = sum(not one.items() <= lines.get(one["id"], {}).items() for one in records)
     if missing:
-        raise UserError(f"{path} has no samples for {missing} of {len(records)} questions: {fix}")
+        raise UserError(f"{path} has nothing for {missing} of {len(records)} questions: {fix}")
     return lines
 
 
@@ -803,7 +803,7 @@ LLM_KEYS = ["preset", "model", "base_url", "bits", "k", "limit_train", "max_new_
 
 
 def at_least(least, kind):
-    """Converts a flag; takes numbers of `least` or more."""
+    """Numbers of `least` or more."""
     def convert(text):
         value = kind(text)
         if not least <= value < math.inf:

@@ -30,9 +30,9 @@ def draft(llm, args, records):
 
 
 def second_sample(llm, args, records):
-    """The draft's prompt once more, no sub-questions, at --refine-temperature, or 0.7 for 0."""
+    """The draft's prompt once more, at --refine-temperature, or 0.7 for 0; 0 may be the draft."""
     drawn = art.sample_answers(llm, args, records, [1], args.refine_temperature or 0.7)
-    return [output for [output] in drawn]  # sample 0 may be the draft
+    return [output for [output] in drawn]
 
 
 def refine_gold(llm, args, records, drafts):

@@ -94,17 +94,14 @@ def loss(model, inputs):
 def load_subquestions(args, records):
     """{id: sub-questions to learn}: gold, written by the LLM, or none (--subquestions)."""
     gold = {record["id"]: art.gold_subquestions(record) for record in records}
-    path = args.shared / "subquestions.jsonl"
-    fix = f"run python data/sample.py --task {args.task} --subquestions"
     if args.subquestions is None:
         args.subquestions = "gold" if any(gold.values()) else "generated"
-        if args.subquestions == "generated" and not path.is_file():
+        if not any(gold.values()) and not (args.shared / "subquestions.jsonl").is_file():
             args.subquestions = "none"
-            print(f"without sub-questions the Asker learns only to decide. To learn to ask, {fix}")
+            print("without sub-questions the Asker learns only to decide. To learn to ask, run "
+                  f"python data/sample.py --task {args.task} --subquestions")
     if args.subquestions == "generated":
-        lines = {line["id"]: line for line in art.read_jsonl(path, fix)}
-        if not all(one.items() <= lines.get(one["id"], {}).items() for one in records):
-            raise art.UserError(f"{path} lacks some of the questions: {fix}")
+        lines = art.load_samples(args, records, "subquestions", " --subquestions")
         gold = {name: line["subquestions"] for name, line in lines.items()}
     elif args.subquestions == "gold" and not any(gold.values()):
         raise art.UserError(f"{args.task} has no gold sub-questions: give --subquestions none")

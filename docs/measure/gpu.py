@@ -313,22 +313,21 @@ def main():
         return run_here(path, *names)
     if unknown := {*names} - PIECES.keys():
         parser.error(f"no piece {', '.join(sorted(unknown))}; there are {', '.join(PIECES)}")
-    missing = []
+    reached = []
     for name in names:
         limit, left = PIECES[name][0], end - time.time()
         if left > limit / 2:
             rows = art.read_jsonl(path, "") if path.is_file() else []
             art.write(path, [row for row in rows if row["piece"] != name])
             run_apart(path, name, min(limit, left))
-        else:
-            missing.append(name)
-    reached = {*names} - {*missing}
+            reached.append(name)
     rows = art.read_jsonl(path, "") if path.is_file() else []
     rows = [row for row in rows if row["piece"] in reached]
     cells = [[str(row.get(key, "")) for key in COLUMNS] for row in rows]
     lines = [" | ".join(line) for line in [COLUMNS, ["---"] * len(COLUMNS), *cells]]
     print(f"\n{art.provenance()}\n", *[f"| {line} |" for line in lines], sep="\n")
-    print(f"\nnot reached: {' '.join(missing) or 'none'}")
+    missing = " ".join(name for name in names if name not in reached)
+    print(f"\nnot reached: {missing or 'none'}")
     return int(any("error" in row for row in rows))
 
 

@@ -40,8 +40,8 @@ def load(folder, below):
         outputs.of[stage] = made = [{"failed": "", **record[stage]} for record in dev + test]
         if "answer" in made[0]:
             outputs.correct[stage] = np.array([
-                one["finished"] and one["answer"] == art.extract_answer(
-                    results["task"], f"#### {record['answer']}\n")
+                one["finished"] and art.is_correct(
+                    results["task"], f"#### {one['answer']}\n", record["answer"])
                 for one, record in zip(made, outputs.records)], bool)
     if "logprob" not in outputs.of:
         outputs.of["logprob"] = evaluate.logprob_gate(None, None, None, outputs.of["draft"])

@@ -5,8 +5,8 @@
     python docs/teach/mark.py HANDED_IN/default --student 17 --test-seed SECRET
 
 The first two repeat the student's evaluation, with the rows and settings in results.json: the
-largest difference should be 0. The third draws test questions that the student has never seen. An adapter
-that is not in NAME is taken from the folder default beside it.
+largest difference should be 0. The third draws test questions that the student has never seen. An
+adapter that is not in NAME is taken from the folder default beside it.
 """
 
 import argparse
@@ -51,13 +51,13 @@ def evaluate(args, handed_in, folder):
     train = {art.question_hash(record) for record in art.read_jsonl(data / "train.jsonl", "")}
     rows = [row["row"] for row in handed_in["rows"]]
     thresholds = ",".join(row[4:] for row in rows if "@" in row)
-    for name in ("asker", "truster", "finetuned")[: 3 if "finetuned" in rows else 2]:
+    for name in {"asker", "truster"} | ({"finetuned"} & {*rows}):
         copy_adapter(args.run, name, train, shared / "marked")
     art.write(shared / "llm.json", handed_in["settings"])
     limits = ["--limit", args.limit] if args.limit else []
     command("evaluate.py", "--data", data.parent, "--runs", shared.parent, "--run", "marked",
             "--rows", ",".join(row for row in rows if "@" not in row),
-            *(["--threshold", thresholds] if thresholds else []), *limits)
+            "--threshold", thresholds, *limits)
     return art.read_json(shared / "marked/results.json")
 
 
