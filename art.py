@@ -882,8 +882,7 @@ def parse(parser, argv=None, remember=True):
     saved = read_json(given.runs / given.task / "llm.json") if remember else {}
     if getattr(given, "model", None) not in (None, saved.get("model")):
         saved = {"preset": saved.get("preset")}  # another LLM has other settings
-    default = "toy" if given.task == "toy" else "small"
-    preset = given.preset or saved.get("preset") or default
+    preset = given.preset or saved.get("preset") or ("toy" if given.task == "toy" else "small")
     if preset == "toy" and given.task != "toy":
         raise UserError("the toy's models read only the toy's questions: give --preset small")
     if getattr(given, "base_url", None) and not (given.model or saved.get("base_url")):
@@ -1266,7 +1265,8 @@ class Local(Model):
         """The prompts of a batch as the inputs of a model."""
         ids, mask = pad_left([row["prompt"] for row in rows], self.tokenizer.pad_token_id,
                              self.base.device)
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask),
+                "logits_to_keep": ids.new_tensor([-1])}  # 1: bf16 on a CPU copies the head
 
     def write(self, rows, settings):
         """Texts, token by token. A finished row leaves the batch."""
@@ -1275,7 +1275,7 @@ class Local(Model):
             row |= {"ids": [], "finished": False, "logprob": 0.0}
         inputs, writing = self.pad(rows), rows
         mask = inputs["attention_mask"]
-        out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        out = self.model(**inputs, use_cache=True)
         for _ in range(settings["max_new_tokens"]):
             logits = out.logits[:, -1].float()
             tokens = self.pick(logits, writing, settings["temperature"])
@@ -1333,13 +1333,13 @@ class Local(Model):
         if not first[:-1] == second[:-1] == before or first == second:
             raise UserError(f"the tokenizer of {self.name} does not give Yes and No after "
                             f"{DECISION} one token each: take another model")
-        out = self.model(**self.pad(rows), logits_to_keep=1, use_cache=False)
+        out = self.model(**self.pad(rows), use_cache=False)
         logits = out.logits[:, -1, [first[-1], second[-1]]].double()
         return [{"p": p} for p in logits.softmax(-1)[:, 0].tolist()]
 
     def rate(self, rows, settings):
         """The score of each text."""
-        ids, mask, _ = self.pad(rows).values()
+        ids, mask, *_ = self.pad(rows).values()
         return [{"score": score} for score in score_batch(self.model, ids, mask).tolist()]
 
 
@@ -1637,7 +1637,6 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
     """Train the adapter "finetuned", "asker" or "truster", unless it is finished.
 
     args.json holds the settings (a training with others is refused), versions and figures.
-    questions.txt: hashes of the questions.
     """
     import torch
     role = "truster" if name == "truster" else "asker"

@@ -164,7 +164,7 @@ def graph(local, count, prompt, new):
     rows = rows_of(count, prompt)
     inputs = local.pad(rows)
     cache = transformers.StaticCache(config=local.base.config, max_cache_len=prompt + new)
-    local.model(**inputs, past_key_values=cache, logits_to_keep=1)
+    local.model(**inputs, past_key_values=cache)
     tokens, place = inputs["input_ids"][:, -1:].clone(), inputs["position_ids"][:, -1:] + 1
     seen = torch.nn.functional.pad(inputs["attention_mask"], (0, new)).bool()[:, None, None]
 
@@ -196,7 +196,7 @@ def graph(local, count, prompt, new):
 def static(local, count, prompt, new):
     """A row: transformers' `generate` with a static cache, which it compiles on a GPU."""
     inputs, times = local.pad(rows_of(count, prompt)), []
-    del inputs["position_ids"]
+    del inputs["position_ids"], inputs["logits_to_keep"]
     settings = {**inputs, "max_new_tokens": new, "cache_implementation": "static", "top_k": 0,
                 "do_sample": True, "temperature": 0.7, "pad_token_id": 0,
                 "logits_processor": [lambda _, scores: times.append(clock()) or scores]}

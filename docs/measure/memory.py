@@ -142,7 +142,7 @@ def ask(model, prompt, adapter=True):
     if kind == "SEQ_CLS":
         return art.score_batch(local.model, *list(local.pad(texts).values())[:2])
     rows = [{"prompt": [0] * prompt, "random": random}] * (local.token_budget() // (prompt + CAP))
-    cache = local.model(**local.pad(rows), use_cache=True, logits_to_keep=1).past_key_values
+    cache = local.model(**local.pad(rows), use_cache=True).past_key_values
     for layer in cache.layers:
         heads, _, size = layer.keys.shape[1:]
         layer.keys, layer.values = layer.keys.new_empty(2, len(rows), heads, prompt + CAP, size)
@@ -152,7 +152,7 @@ def ask(model, prompt, adapter=True):
     local.pick(logits, rows, 0.7)
     logits.log_softmax(-1)
     del cache, logits
-    local.model(**local.pad(texts), logits_to_keep=1)
+    local.model(**local.pad(texts))
 
 
 def main():
