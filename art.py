@@ -1266,7 +1266,7 @@ class Local(Model):
         ids, mask = pad_left([row["prompt"] for row in rows], self.tokenizer.pad_token_id,
                              self.base.device)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask),
-                "logits_to_keep": ids.new_tensor([-1])}  # 1: bf16 on a CPU copies the head
+                "logits_to_keep": ids.new_tensor([-1])}  # with 1, bf16 on a CPU copies the head
 
     def write(self, rows, settings):
         """Texts, token by token. A finished row leaves the batch."""
