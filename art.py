@@ -64,8 +64,6 @@ INSTRUCTIONS = {
     "ask": "Write the sub-questions that a right answer to the question has to settle, one a line. "
            "Then check the given answer: the last line is 'Refine: Yes' if it is wrong, "
            "'Refine: No' if it is right.",
-    "refine": "Answer the sub-questions one after the other, then the question. "
-              "Reason step by step, and {end}",
     "refine_plain": "Check the given answer and write a revised one. "
                     "Reason step by step, and {end}",
 }
@@ -217,7 +215,6 @@ def ask(asker, args, records, drafts):
     prompts = [render(asker, args, ask_prompt(record, draft["text"]), "ask")
                for record, draft in zip(records, drafts)]
     asked = write_subquestions(asker, args, prompts)
-    # what the Asker has "already written" when it decides
     begun = ["\n".join([*output["subquestions"], DECISION]) for output in asked]
     decisions = asker.choose(prompts, begun, (" Yes", " No"))
     for output, decision in zip(asked, decisions):
@@ -237,14 +234,14 @@ def with_prior(p, odds):
 
 
 # --- Step 3, refine. The LLM answers again, with the sub-questions. It sees
-# its draft only with --show-draft yes. In prompts "refined" is "revised".
+# its draft only with --show-draft yes. A chat model reads the sub-questions
+# as hints, before the prompt of step 1.
+
+HINTS = "Some questions that a solution may have to answer (some may be missing or wrong):"
 
 
 def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
-    """The question, the draft (if it is shown) and the sub-questions.
-
-    Without sub-questions the draft is always shown: there is nothing else to refine.
-    """
+    """The question, the draft (if shown, or if there are no sub-questions), the sub-questions."""
     prompt = question_block(record, facts)
     if show_draft or not subquestions:
         prompt += f"Answer:\n{draft}\n"
@@ -255,13 +252,13 @@ def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
 
 def refine(llm, args, records, drafts, asked):
     """Step 3: a refined answer for each draft (paper, section 3.3)."""
-    prompts = []
+    facts, show_draft, prompts = args.facts != "none", args.show_draft == "yes", []
     for record, draft, output in zip(records, drafts, asked):
-        subquestions = output["subquestions"]
-        prompt = refine_prompt(record, draft["text"], subquestions,
-                               facts=args.facts != "none",
-                               show_draft=args.show_draft == "yes")
-        step = "refine" if subquestions else "refine_plain"
+        subquestions, step = output["subquestions"], "refine_plain"
+        prompt = refine_prompt(record, draft["text"], subquestions, facts, show_draft)
+        if llm.chat and subquestions and not show_draft:
+            hints, step = map("- {}".format, subquestions), args.strategy
+            prompt = "\n".join([HINTS, *hints, "", predict_prompt(record, step, facts)])
         prompts.append(render(llm, args, prompt, step))
     refined = write_answers(llm, args, prompts, [0], args.refine_temperature)
     return [answer for [answer] in refined]
@@ -782,13 +779,13 @@ def provenance():
 TOY, SMALL_TOY, SMALL = "data/toy/base", "data/toy/base_asker", "Qwen/Qwen2.5-0.5B-Instruct"
 DEFAULTS = {
     "base_url": None, "limit_train": None, "bits": None, "adapter_bits": None, "k": 4,
-    "temperature": 0.7, "draft_temperature": 0.0, "refine_temperature": 0.0, "sample_seed": 0,
+    "temperature": 0.7, "draft_temperature": 0.0, "refine_temperature": 0.7, "sample_seed": 0,
     "max_new_tokens": 512, "strategy": "cot", "facts": "refine", "show_draft": "no", "kv_gib": None,
     "asker_batch": 32, "asker_at_once": 4, "truster_batch": 16, "truster_at_once": 1,
     "task_epochs": 2, "epochs": 1, "lr": 2e-4, "max_length": 1024}
 PRESETS = {
     "toy": {"model": TOY, "asker_model": SMALL_TOY, "truster_model": SMALL_TOY, "adapter_bits": 4,
-            "draft_temperature": 0.7, "refine_temperature": 0.7, "max_new_tokens": 128, "lr": 2e-3,
+            "draft_temperature": 0.7, "max_new_tokens": 128, "lr": 2e-3,
             "max_length": 512, "asker_at_once": 32, "truster_at_once": 16, "task_epochs": 1},
     "small": {"model": SMALL, "asker_model": SMALL, "truster_model": SMALL, "k": 3},
     "t4": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "asker_model": "Qwen/Qwen2.5-1.5B",
@@ -868,7 +865,7 @@ def add_llm_flags(add, count, script):
         count("--k", help="samples of a question (by preset)")
         add("--temperature", type=NUMBER_FLAG, metavar="T", help="of the samples (default 0.7)")
     add("--draft-temperature", type=NUMBER_FLAG, metavar="T", help="(default 0: greedy; toy: 0.7)")
-    add("--refine-temperature", type=NUMBER_FLAG, metavar="T", help="(the same)")
+    add("--refine-temperature", type=NUMBER_FLAG, metavar="T", help="(default 0.7)")
     add("--sample-seed", type=int, metavar="SEED", help="seed of all sampling (default 0)")
 
 

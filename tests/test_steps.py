@@ -32,8 +32,7 @@ def test_four_steps(args):
     [refined] = art.refine(lm, args, [RECORD], [draft], [asked])
     assert "7 + 9 = 16\n#### 16" in lm.seen[-1] and refined["answer"] == "12"
     assert lm.seen[-1].endswith("together?\nRevised answer:\n")
-    scores = art.trust(lm, args, [RECORD, RECORD], [draft, refined])
-    assert [one["score"] for one in scores] == [
+    assert [one["score"] for one in art.trust(lm, args, [RECORD, RECORD], [draft, refined])] == [
         len(f"Question: {QUESTION}\nAnswer:\n{answer['text']}") for answer in (draft, refined)]
     stop = lm.asked[0][1]
     assert lm.asked == [(48, stop, [0], 0.2), (48, art.ASK_STOP, [0], 0.0), (48, stop, [0], 0.3)]
@@ -47,9 +46,8 @@ def test_samples_have_the_prompt_of_the_draft(args):
     samples[1]["finished"] = False  # what was cut off is not correct
     samples = load("data/sample.py").label(args, {"answer": "16"}, samples)
     assert [sample["correct"] for sample in samples] == [True, False]
-    art.predict(lm, args, [RECORD])
-    lm.strategy = "decomp"
-    art.predict(lm, args, [RECORD])
+    for lm.strategy in (None, "decomp"):
+        art.predict(lm, args, [RECORD])
     assert lm.seen == [f"{prompt}:\n", f"{prompt}:\n", f"{prompt} by sub-questions:\n"]
     assert [call[2:] for call in lm.asked] == [([0, 3], 0.7), ([0], 0.0), ([0], 0.0)]
 
@@ -90,10 +88,12 @@ def test_facts_are_shown_where_they_are_allowed(args, facts, shown):
 @pytest.mark.parametrize(("show_draft", "subquestions", "shown"), [
     ("yes", ["Who?"], True), ("no", ["Who?"], False), ("no", [], True)])
 def test_the_draft_is_shown_or_not(args, show_draft, subquestions, shown):
-    """Without sub-questions it is always shown: there would be nothing to refine."""
+    """Without sub-questions it is always shown. A chat model reads hints where it is not."""
     lm, args.show_draft = FakeLM(), show_draft
-    art.refine(lm, args, [RECORD], [{"text": "#### 16"}], [{"subquestions": subquestions}])
-    assert ("#### 16" in lm.seen[0]) == shown and ("Who?" in lm.seen[0]) == bool(subquestions)
+    for lm.chat in (False, True):
+        art.refine(lm, args, [RECORD], [{"text": "#### 16"}], [{"subquestions": subquestions}])
+        found = [text in lm.seen[-1] for text in ("#### 16", "Who?", art.HINTS)]
+        assert found == [shown, bool(subquestions), lm.chat and not shown]
 
 
 def test_what_is_trained_is_what_is_parsed():

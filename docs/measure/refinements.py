@@ -8,7 +8,6 @@ last line is a second sample of the draft's prompt, which sees no list. No thres
 question.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,33 +16,27 @@ import art
 import evaluate
 from evaluate import Row, Stage
 
-HINTS = "Some questions that a solution may have to answer (some may be missing or wrong):"
+art.INSTRUCTIONS["lines"] = ("Answer the sub-questions one after the other, then the question. "
+                             "Reason step by step, and {end}")
 
 
-def refine_at(temperature):
-    """Step 3 at another temperature."""
-    def step(llm, args, *read):
-        args = argparse.Namespace(**{**vars(args), "refine_temperature": temperature})
-        return art.refine(llm, args, *read)
+def along_lines(temperature):
+    """The question and the sub-questions on lines, then an instruction to answer them all."""
+    def step(llm, args, records, drafts, asked):
+        prompts = []
+        for record, draft, output in zip(records, drafts, asked):
+            subquestions = output["subquestions"]
+            prompt = art.refine_prompt(record, draft["text"], subquestions, show_draft=False)
+            how = "lines" if subquestions else "refine_plain"
+            prompts.append(art.render(llm, args, prompt, how))
+        return [answer for [answer] in art.write_answers(llm, args, prompts, [0], temperature)]
     return step
 
 
-def along_hints(llm, args, records, _, asked):
-    """The sub-questions as hints before the question, then the draft's own instruction."""
-    prompts = []
-    for record, output in zip(records, asked):
-        prompt = art.predict_prompt(record, args.strategy)
-        if output["subquestions"]:
-            hints = "\n".join(f"- {line}" for line in output["subquestions"])
-            prompt = f"{HINTS}\n{hints}\n\n{prompt}"
-        prompts.append(art.render(llm, args, prompt, args.strategy))
-    return [answer for [answer] in art.write_answers(llm, args, prompts, [0], 0.7)]
-
-
 CANDIDATES = {
-    "sub-questions, greedy": Stage("llm", refine_at(0.0), reads=("draft", "ask")),
-    "sub-questions, 0.7": Stage("llm", refine_at(0.7), reads=("draft", "ask")),
-    "hints, 0.7": Stage("llm", along_hints, reads=("draft", "ask")),
+    "sub-questions, greedy": Stage("llm", along_lines(0.0), reads=("draft", "ask")),
+    "sub-questions, 0.7": Stage("llm", along_lines(0.7), reads=("draft", "ask")),
+    "hints (art.refine)": Stage("llm", art.refine, reads=("draft", "ask")),
     "second sample": evaluate.STAGES["second"]}
 
 
