@@ -53,7 +53,8 @@ ROOT = Path(__file__).resolve().parent
 #     choose     {"p": the probability of the first of two words, ...}
 #     score      {"score": higher means "more likely correct", ...}
 #
-# Below, for each step: its prompt and its function.
+# Below, for each step: its prompt and its function. At first skip names in
+# capitals: they are in part 2.
 
 # A chat model reads an instruction in place of the prompt's last line
 # ("Answer:"). A base model reads the prompt as it is.
@@ -64,6 +65,8 @@ INSTRUCTIONS = {
     "ask": "Write the sub-questions that a right answer to the question has to settle, one a line. "
            "Then check the given answer: the last line is 'Refine: Yes' if it is wrong, "
            "'Refine: No' if it is right.",
+    "refine": "Answer the sub-questions one after the other, then the question. "
+              "Reason step by step, and {end}",
     "refine_plain": "Check the given answer and write a revised one. "
                     "Reason step by step, and {end}",
 }
@@ -207,8 +210,8 @@ def ask(asker, args, records, drafts):
     """Step 2: sub-questions, and the probability of an incorrect draft (paper, section 3.2).
 
     The Asker writes the sub-questions first. We then append "Refine:" and compare the probabilities
-    of " Yes" and " No" as the next token. The training gives incorrect and correct drafts the same
-    weight, as if half were incorrect; `with_prior` corrects that.
+    of " Yes" and " No" as the next token. The training weighs incorrect and correct drafts alike;
+    `with_prior` corrects that.
 
     Returns one dict for each record: {"subquestions": list of str, "p_refine": 0 to 1, ...}.
     """
@@ -233,15 +236,18 @@ def with_prior(p, odds):
     return p * odds / (p * odds + 1 - p)
 
 
-# --- Step 3, refine. The LLM answers again, with the sub-questions. It sees
-# its draft only with --show-draft yes. A chat model reads the sub-questions
-# as hints, before the prompt of step 1.
+# --- Step 3, refine. The LLM answers again, with the sub-questions; a chat
+# model reads them as hints, before the prompt of step 1. The draft is hidden,
+# unless --show-draft is yes or there are no sub-questions.
 
 HINTS = "Some questions that a solution may have to answer (some may be missing or wrong):"
 
 
-def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
-    """The question, the draft (if shown, or if there are no sub-questions), the sub-questions."""
+def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True, chat=False):
+    """The question, the draft (if it is shown) and the sub-questions; or hints for a chat model."""
+    if chat and subquestions and not show_draft:
+        hints = map("- {}".format, subquestions)
+        return "\n".join([HINTS, *hints, "", predict_prompt(record, facts=facts)])
     prompt = question_block(record, facts)
     if show_draft or not subquestions:
         prompt += f"Answer:\n{draft}\n"
@@ -252,13 +258,12 @@ def refine_prompt(record, draft, subquestions=(), facts=False, show_draft=True):
 
 def refine(llm, args, records, drafts, asked):
     """Step 3: a refined answer for each draft (paper, section 3.3)."""
-    facts, show_draft, prompts = args.facts != "none", args.show_draft == "yes", []
+    prompts, show = [], args.show_draft == "yes"
     for record, draft, output in zip(records, drafts, asked):
-        subquestions, step = output["subquestions"], "refine_plain"
-        prompt = refine_prompt(record, draft["text"], subquestions, facts, show_draft)
-        if llm.chat and subquestions and not show_draft:
-            hints, step = map("- {}".format, subquestions), args.strategy
-            prompt = "\n".join([HINTS, *hints, "", predict_prompt(record, step, facts)])
+        subquestions = output["subquestions"]
+        prompt = refine_prompt(record, draft["text"], subquestions, args.facts != "none", show,
+                               llm.chat)
+        step = "refine_plain" if not subquestions else "refine" if show else args.strategy
         prompts.append(render(llm, args, prompt, step))
     refined = write_answers(llm, args, prompts, [0], args.refine_temperature)
     return [answer for [answer] in refined]
@@ -777,12 +782,15 @@ def provenance():
 # the last data/sample.py), then from the preset, then from DEFAULTS.
 
 TOY, SMALL_TOY, SMALL = "data/toy/base", "data/toy/base_asker", "Qwen/Qwen2.5-0.5B-Instruct"
+LLM_DEFAULTS = {
+    "base_url": None, "bits": None, "k": 4, "limit_train": None, "max_new_tokens": 512,
+    "strategy": "cot", "facts": "refine", "show_draft": "no", "temperature": 0.7,
+    "draft_temperature": 0.0, "refine_temperature": 0.7, "sample_seed": 0}
+LLM_KEYS = ["preset", "model", *LLM_DEFAULTS]  # kept in llm.json
 DEFAULTS = {
-    "base_url": None, "limit_train": None, "bits": None, "adapter_bits": None, "k": 4,
-    "temperature": 0.7, "draft_temperature": 0.0, "refine_temperature": 0.7, "sample_seed": 0,
-    "max_new_tokens": 512, "strategy": "cot", "facts": "refine", "show_draft": "no", "kv_gib": None,
-    "asker_batch": 32, "asker_at_once": 4, "truster_batch": 16, "truster_at_once": 1,
-    "task_epochs": 2, "epochs": 1, "lr": 2e-4, "max_length": 1024}
+    **LLM_DEFAULTS, "adapter_bits": None, "kv_gib": None, "asker_batch": 32, "asker_at_once": 4,
+    "truster_batch": 16, "truster_at_once": 1, "task_epochs": 2, "epochs": 1, "lr": 2e-4,
+    "max_length": 1024}
 PRESETS = {
     "toy": {"model": TOY, "asker_model": SMALL_TOY, "truster_model": SMALL_TOY, "adapter_bits": 4,
             "draft_temperature": 0.7, "max_new_tokens": 128, "lr": 2e-3,
@@ -794,9 +802,6 @@ PRESETS = {
              "truster_model": "Qwen/Qwen3-4B-Base", "limit_train": 2000},
     "24gb": {"model": "Qwen/Qwen2.5-7B-Instruct", "asker_model": "NousResearch/Llama-2-7b-hf",
              "truster_model": "NousResearch/Llama-2-13b-hf", "k": 5, "task_epochs": 3}}
-LLM_KEYS = ["preset", "model", "base_url", "bits", "k", "limit_train", "max_new_tokens", "strategy",
-            "facts", "show_draft", "temperature", "draft_temperature", "refine_temperature",
-            "sample_seed"]  # kept in llm.json
 
 
 def at_least(least, kind):
@@ -939,11 +944,11 @@ def explain(error):
 
 
 class Model:
-    """A model with a cache: it is loaded and queried only for prompts that are not in the cache.
+    """A model with a cache: it is loaded and asked only for what is not in the cache.
 
-    The cache is runs/TASK/answers.sqlite. The key of an output is a hash of what was really asked:
-    the weights, the code that generates, the settings, the prompt, how the answer has begun, and
-    the number of the sample. Subclasses say in `compute` how new outputs are made.
+    The cache is runs/TASK/answers.sqlite. Its keys are hashes of what was asked: weights, code that
+    generates, settings, prompt, how the answer has begun, number of the sample. Subclasses say in
+    `compute` how new outputs are made.
     """
 
     strategy, prior_odds, label = None, 1.0, "answers"  # label: for the progress line
@@ -1002,12 +1007,9 @@ class Model:
 
     def cached(self, keys):
         """{key: output} of those that are cached."""
-        outputs = {}
-        for key in keys:
-            row = self.cache.execute("SELECT output FROM answers WHERE key = ?", [key]).fetchone()
-            if row:
-                outputs[key] = json.loads(row[0])
-        return outputs
+        select = "SELECT output FROM answers WHERE key = ?"
+        rows = {key: self.cache.execute(select, [key]).fetchone() for key in keys}
+        return {key: json.loads(row[0]) for key, row in rows.items() if row}
 
     def generated(self, wanted, cached, settings):
         """{key: output} of the questions that are not cached; saved batch by batch."""
@@ -1069,12 +1071,11 @@ def weights_id(name):
 
 @functools.cache
 def load_tokenizer(name):
-    """A tokenizer that has an end-of-text token and a padding token."""
+    """A tokenizer that has an end-of-text token and pads with it."""
     tokenizer = from_pretrained("AutoTokenizer", name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-text token: take another model")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= len(tokenizer):
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.eos_token  # always masked
     return tokenizer
 
 
@@ -1095,7 +1096,7 @@ def load_base(name, bits, scorer=False):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gave NaN: pytorch issue 196678
-    gc.collect()  # frees the model that was trained last: it has references to itself
+    gc.collect()  # frees the last trained model: it refers to itself
     torch.cuda.empty_cache()
     cuda, half = torch.cuda.is_available(), torch.bfloat16
     if cuda and not torch.cuda.is_bf16_supported(including_emulation=False):  # a T4
@@ -1202,6 +1203,7 @@ class Local(Model):
             for value in vars(layer).values():
                 parts = value.values() if isinstance(value, dict) else [value]
                 size += sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+        torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 2**31
         share = free / (8 if self.adapter else 4)  # an adapter needs memory of its own
         return int(((self.args.kv_gib or 0) * 2**30 or share) / size * 256)
@@ -1572,7 +1574,7 @@ def fine_tune(model, examples, collate, loss, args, folder, batch, at_once, epoc
     if path.is_file():
         saved = torch.load(path, map_location=device, weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        scaler.load_state_dict(saved["scaler"] or scaler.state_dict())
         model.load_state_dict(saved["weights"], strict=False)
         print(f"resuming at step {saved['step']} of {steps}")
     tracker = args.report_to and importlib.import_module(args.report_to)
@@ -1596,7 +1598,7 @@ def fine_tune(model, examples, collate, loss, args, folder, batch, at_once, epoc
             scaler.scale(sum(parts.values()) / len(chosen)).backward()
             sums.update({name: part.item() for name, part in parts.items()})
         seen += len(chosen)
-        if not all(map(math.isfinite, sums.values())):
+        if not all(map(math.isfinite, sums.values())) or scaler.get_scale() < 1e-3:
             raise UserError(f"the loss is not finite at step {done}: lower --lr, or give "
                             "--adapter-bits 32")
 
@@ -1664,7 +1666,7 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
     write(folder / "questions.txt", "\n".join(map(question_hash, records)))
     about = {**now, "model": base, **provenance(), "finished": False}
     write(folder / "args.json", about)
-    torch.manual_seed(args.seed)  # the Truster's head and the adapter begin with random weights
+    torch.manual_seed(args.seed)  # of the Truster's head and the adapter
     model = load_base(base, args.adapter_bits, scorer=role == "truster")
     model = add_lora(model, "SEQ_CLS" if role == "truster" else "CAUSAL_LM", args.rank, start)
     collate = functools.partial(collate, load_tokenizer(base).pad_token_id)

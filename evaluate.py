@@ -36,7 +36,7 @@ def second_sample(llm, args, records):
 
 
 def refine_gold(llm, args, records, drafts):
-    """Step 3 along the gold sub-questions: what would the best Asker bring?"""
+    """Step 3 with the gold sub-questions: what would the best Asker bring?"""
     asked = [{"subquestions": art.gold_subquestions(record)} for record in records]
     return art.refine(llm, args, records, drafts, asked)
 
@@ -122,7 +122,7 @@ class Row:
 ROWS = {
     "draft": Row(gate="never", answer="draft"),
     "self_refine": Row(gate="ask_self", answer="refined_self"),  # the LLM is its own Asker
-    "refine_always": Row(),  # along the Asker's sub-questions
+    "refine_always": Row(),  # with the Asker's sub-questions
     "asker": Row(gate="ask"),  # ART without a Truster
     "art": Row(gate="ask", chooser="truster"),  # the paper's loop
     "art_both": Row(gate="ask", chooser="both"),

@@ -5,7 +5,7 @@
 Stage 1, adapter `finetuned`: question -> sub-questions and steps of the gold solution. Stage 2,
 adapter `asker`: question and draft -> sub-questions, then "Refine: Yes" if the draft is incorrect.
 The drafts are the samples of data/sample.py; the LLM is not loaded. Both adapters are saved in
-runs/TASK/RUN, each with args.json: what made it, and its figures.
+runs/TASK/RUN, each with args.json, its settings and figures.
 """
 
 import numpy as np

@@ -4,7 +4,7 @@
 
 The answers are the samples of data/sample.py, of questions with correct and incorrect ones. Every
 pair is used, and each answer is scored once (paper, section 3.4). The adapter with its scalar head
-is saved in runs/TASK/RUN/truster, with args.json: what made it.
+is saved in runs/TASK/RUN/truster, with args.json, its settings and figures.
 """
 
 import art

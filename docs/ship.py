@@ -1,4 +1,4 @@
-"""Copy a finished run to docs/runs/NAME: its table, and the records without what is long.
+"""Copy a finished run to docs/runs/NAME: its table, and the records without their long texts.
 
     python docs/ship.py runs/toy/default toy
     python docs/ship.py runs/gsm8k/default gsm8k --without-texts     # all stages, numbers alone

@@ -85,15 +85,15 @@ def test_facts_are_shown_where_they_are_allowed(args, facts, shown):
     assert "".join(step for step, prompt in steps if "GOLD-FACT" in prompt) == shown
 
 
-@pytest.mark.parametrize(("show_draft", "subquestions", "shown"), [
-    ("yes", ["Who?"], True), ("no", ["Who?"], False), ("no", [], True)])
-def test_the_draft_is_shown_or_not(args, show_draft, subquestions, shown):
+@pytest.mark.parametrize(("show_draft", "asked", "shown"), [
+    ("yes", True, True), ("no", True, False), ("no", False, True)])
+def test_the_draft_is_shown_or_not(args, show_draft, asked, shown):
     """Without sub-questions it is always shown. A chat model reads hints where it is not."""
     lm, args.show_draft = FakeLM(), show_draft
     for lm.chat in (False, True):
-        art.refine(lm, args, [RECORD], [{"text": "#### 16"}], [{"subquestions": subquestions}])
-        found = [text in lm.seen[-1] for text in ("#### 16", "Who?", art.HINTS)]
-        assert found == [shown, bool(subquestions), lm.chat and not shown]
+        art.refine(lm, args, [RECORD], [{"text": "#### 16"}], [{"subquestions": ["Who?"] * asked}])
+        assert [text in lm.seen[-1] for text in ("#### 16", "Who?", art.HINTS, "one after")] == [
+            shown, asked, lm.chat and not shown, lm.chat and shown and asked]
 
 
 def test_what_is_trained_is_what_is_parsed():

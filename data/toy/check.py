@@ -1,4 +1,4 @@
-"""Does the toy have to be read? Compares finished runs with simple rivals, question by question.
+"""Does the toy have to be read? Compares finished runs with simple baselines, question by question.
 
     make seeds                                                 # runs default, seed1 and seed2
     python data/toy/check.py default seed1 seed2               # some minutes a run
@@ -26,7 +26,8 @@ def measure(args):
     """{what is measured: value} of a finished run, on test."""
     dev, test = art.load_split(args, "dev"), art.load_split(args, "test")
     outputs = evaluate.Outputs(args, dev, test)
-    rows = {name: evaluate.ROWS[name] for name in (*evaluate.DEFAULT_ROWS, "art_untuned")}
+    rows = {name: evaluate.ROWS[name] for name in (
+        *evaluate.DEFAULT_ROWS, "art_untuned", "finetuned", "weighted_vote", "best_of_k")}
     outputs.ask({"draft", "logprob", "refined_gold"}.union(
         *map(evaluate.stages_of, rows.values())))
     correct = {name: evaluate.make_row(outputs, row)[1] for name, row in rows.items()}
@@ -40,16 +41,16 @@ def measure(args):
     drafts, refined = (outputs.correct[stage][outputs.test] for stage in ("draft", "refined"))
     takes = outputs.takes("refined", "truster")[outputs.test]
     gold = outputs.correct["refined_gold"][outputs.test]
-    found["refined along gold sub-questions"] = gold.mean()
-    found["refined along misread sub-questions"] = along_misread(args, outputs, test)
+    found["refined with gold sub-questions"] = gold.mean()
+    found["refined with misread sub-questions"] = with_misread(args, outputs, test)
     found["Truster keeps what was fixed"] = takes[~drafts & refined].mean()
-    found["Truster refuses what was broken"] = (~takes)[drafts & ~refined].mean()
+    found["Truster rejects what was broken"] = (~takes)[drafts & ~refined].mean()
     for gate in ("ask", "ask_self", "logprob"):
         p = outputs.column(gate, "p_refine")[outputs.test]
         found[f"AUC of gate {gate}"] = art.auc(p, ~drafts)
     found["AUC of the blanked Asker"] = art.auc(blanked_asker(args, test), ~drafts)
-    rivals = max(found["AUC of gate logprob"], found["AUC of the blanked Asker"])
-    found["AUC of gate ask minus the best of both"] = found["AUC of gate ask"] - rivals
+    baseline = max(found["AUC of gate logprob"], found["AUC of the blanked Asker"])
+    found["AUC of gate ask minus the best of both"] = found["AUC of gate ask"] - baseline
     return found
 
 
@@ -66,8 +67,8 @@ def word_pair_gate(outputs):
     return np.where(refine, outputs.correct["refined"], outputs.correct["draft"])[outputs.test]
 
 
-def along_misread(args, outputs, test):
-    """The accuracy of refined answers along sub-questions that fall into the trap."""
+def with_misread(args, outputs, test):
+    """The accuracy of refined answers with sub-questions that fall into the trap."""
     rng, wanted = random.Random(f"toy test {args.test_seed}"), {one["question"] for one in test}
     problems = {}  # of the test questions, drawn again
     for _ in range(20 * len(test)):
@@ -80,7 +81,7 @@ def along_misread(args, outputs, test):
         solution, _ = solve(problems[record["question"]], trapped=True)
         asked.append({"subquestions": [subquestion for subquestion, _ in solution]})
     drafts = outputs.of["draft"][outputs.test]
-    refined = art.refine(outputs.model("llm", "along misread"), args, test, drafts, asked)
+    refined = art.refine(outputs.model("llm", "with misread"), args, test, drafts, asked)
     return np.mean([one["finished"] and art.is_correct(args.task, one["text"], record["answer"])
                     for one, record in zip(refined, test)])
 

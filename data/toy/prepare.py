@@ -9,7 +9,7 @@ Every question has one trap, its kind. A writer who falls into it misreads one s
     sign      "Ben has 14 fewer than Ann" is read as 14 more
     number    "Ben has 13 more than Ann" is read as 18 more: 13 and 18, or 25 and 26, look alike
 
-The question does not say who falls into its trap: one has to read the answer. The data have
+The question alone does not reveal whether a draft is incorrect. The data have
 correct solutions only; pretrain.py also writes incorrect ones.
 """
 

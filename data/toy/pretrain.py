@@ -8,7 +8,7 @@ The second one is the base of the Asker and the Truster.
 torch.compile needs a C compiler. The text imitates writers. About half of them misread the
 question. A writer who revises follows the given sub-questions, but often stops one step early or
 gets the last sum wrong, whatever the draft was. A writer who checks a draft usually repeats its
-misreading. A writer who marks tells the correct lines from the misread ones. All prompts are those
+misreading. A writer who marks adds "right" or "wrong" to each line. All prompts are those
 of art.py.
 """
 

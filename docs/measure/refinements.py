@@ -16,9 +16,6 @@ import art
 import evaluate
 from evaluate import Row, Stage
 
-art.INSTRUCTIONS["lines"] = ("Answer the sub-questions one after the other, then the question. "
-                             "Reason step by step, and {end}")
-
 
 def along_lines(temperature):
     """The question and the sub-questions on lines, then an instruction to answer them all."""
@@ -27,7 +24,7 @@ def along_lines(temperature):
         for record, draft, output in zip(records, drafts, asked):
             subquestions = output["subquestions"]
             prompt = art.refine_prompt(record, draft["text"], subquestions, show_draft=False)
-            how = "lines" if subquestions else "refine_plain"
+            how = "refine" if subquestions else "refine_plain"
             prompts.append(art.render(llm, args, prompt, how))
         return [answer for [answer] in art.write_answers(llm, args, prompts, [0], temperature)]
     return step
