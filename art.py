@@ -53,8 +53,8 @@ ROOT = Path(__file__).resolve().parent
 #     choose     {"p": the probability of the first of two words, ...}
 #     score      {"score": higher means "more likely correct", ...}
 #
-# Below, for each step: its prompt and its function. At first skip names in
-# capitals: they are in part 2.
+# Below, for each step: its prompt and its function. The regular
+# expressions (BULLET, ...) are in part 2.
 
 # A chat model reads an instruction in place of the prompt's last line
 # ("Answer:"). A base model reads the prompt as it is.
@@ -236,9 +236,9 @@ def with_prior(p, odds):
     return p * odds / (p * odds + 1 - p)
 
 
-# --- Step 3, refine. The LLM answers again, with the sub-questions; a chat
-# model reads them as hints, before the prompt of step 1. The draft is hidden,
-# unless --show-draft is yes or there are no sub-questions.
+# --- Step 3, refine. The LLM answers again, with the sub-questions (a chat
+# model: as hints). The draft is hidden, unless --show-draft is yes or there
+# are no sub-questions.
 
 HINTS = "Some questions that a solution may have to answer (some may be missing or wrong):"
 
@@ -263,7 +263,9 @@ def refine(llm, args, records, drafts, asked):
         subquestions = output["subquestions"]
         prompt = refine_prompt(record, draft["text"], subquestions, args.facts != "none", show,
                                llm.chat)
-        step = "refine_plain" if not subquestions else "refine" if show else args.strategy
+        step = "refine" if show else args.strategy
+        if not subquestions:
+            step = "refine_plain"
         prompts.append(render(llm, args, prompt, step))
     refined = write_answers(llm, args, prompts, [0], args.refine_temperature)
     return [answer for [answer] in refined]
@@ -1075,7 +1077,7 @@ def load_tokenizer(name):
     tokenizer = from_pretrained("AutoTokenizer", name)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-text token: take another model")
-    tokenizer.pad_token = tokenizer.eos_token  # always masked
+    tokenizer.pad_token = tokenizer.eos_token  # masked
     return tokenizer
 
 
@@ -1203,7 +1205,7 @@ class Local(Model):
             for value in vars(layer).values():
                 parts = value.values() if isinstance(value, dict) else [value]
                 size += sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # what is unused counts as free
         free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 2**31
         share = free / (8 if self.adapter else 4)  # an adapter needs memory of its own
         return int(((self.args.kv_gib or 0) * 2**30 or share) / size * 256)
@@ -1666,7 +1668,7 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
     write(folder / "questions.txt", "\n".join(map(question_hash, records)))
     about = {**now, "model": base, **provenance(), "finished": False}
     write(folder / "args.json", about)
-    torch.manual_seed(args.seed)  # of the Truster's head and the adapter
+    torch.manual_seed(args.seed)  # first weights of head and adapter
     model = load_base(base, args.adapter_bits, scorer=role == "truster")
     model = add_lora(model, "SEQ_CLS" if role == "truster" else "CAUSAL_LM", args.rank, start)
     collate = functools.partial(collate, load_tokenizer(base).pad_token_id)
