@@ -71,7 +71,7 @@ def values(theirs, toy, real):
 @functools.cache
 def shipped_runs():
     """The columns of the toy's and of the real run."""
-    return [columns(art.load_columns(RUNS / name)) for name in ("toy", "gsm8k-offline")]
+    return [columns(art.load_columns(RUNS / name)) for name in ("toy", "gsm8k")]
 
 
 def expected():

@@ -83,6 +83,20 @@ def aucs(outputs, part):
     return lines
 
 
+def always_taken(outputs):
+    """[cells of a line, ...]: what each answer fixes and breaks, beside the second sample."""
+    drafts, second = (outputs.correct[stage][outputs.test] for stage in ("draft", "second"))
+    for stage in ("refined", "refined_gold", "second"):
+        if stage in outputs.correct:
+            new = outputs.correct[stage][outputs.test]
+            fixed = evaluate.compare(new[~drafts], second[~drafts])
+            broken = evaluate.compare(~new[drafts], ~second[drafts])
+            yield [stage, f"{(new & ~drafts).sum()} of {(~drafts).sum()}",
+                   f"{(~new & drafts).sum()} of {drafts.sum()}",
+                   *("-" if stage == "second" else evaluate.difference(found)
+                     for found in (fixed, broken))]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,6 +129,11 @@ def main():
             found = evaluate.compare(rows[new], rows[old])
             print(f"| {new} minus {old} | {evaluate.difference(found)} | {found['p']:.2g} | "
                   f"{found['won']} | {found['lost']} |")
+    if "second" in outputs.correct:
+        print("\n| always taken | fixed | broken | fixed: points more than a second sample (95%) | "
+              f"broken: the same |\n{'| --- ' * 5}|")
+        for cells in always_taken(outputs):
+            print(f"| {' | '.join(cells)} |")
     parts = {"test": outputs.test, "dev": outputs.dev}
     print(f"\n| AUC (95%) | {' | '.join(parts)} |\n{'| --- ' * 3}|")
     for (name, first), (_, second) in zip(*(aucs(outputs, part) for part in parts.values())):
