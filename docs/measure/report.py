@@ -20,7 +20,8 @@ import art
 import evaluate
 
 PAIRS = [("art_both", "draft"), ("art_both", "self_refine"), ("art_both", "second_sample"),
-         ("art", "draft"), ("art", "self_refine"), ("art_logprob", "draft"), ("art", "art_logprob")]
+         ("art", "draft"), ("art", "self_refine"), ("art", "always_truster"), ("art", "art_logprob"),
+         ("art_logprob", "draft")]
 
 
 def load(folder, below):
@@ -77,9 +78,9 @@ def aucs(outputs, part):
                for chooser in ("truster", "logprob", "both")}
     for chooser, margin in margins.items():
         lines.append((f"chooser {chooser}", interval([margin], refined[changed])))
-    for other in ("truster", "logprob"):
-        lines.append((f"both minus {other}",
-                      interval([margins["both"], margins[other]], refined[changed])))
+    for new, old in (("both", "truster"), ("both", "logprob"), ("truster", "logprob")):
+        lines.append((f"{new} minus {old}",
+                      interval([margins[new], margins[old]], refined[changed])))
     return lines
 
 
@@ -118,11 +119,10 @@ def main():
         if rule.gate == "word" and "question" not in outputs.records[0]:
             continue
         figures, rows[name] = evaluate.make_row(outputs, rule)
-        found = evaluate.compare(rows[name], rows["draft"])
-        low, high = figures["ci95"]
-        print(f"| {name} | {figures['accuracy']:.1%} ({low:.1%} to {high:.1%}) | "
-              f"{evaluate.difference(found)} | {found['p']:.2g} | {figures['fixed']} | "
-              f"{figures['broken']} |")
+        found, (low, high) = evaluate.compare(rows[name], rows["draft"]), figures["ci95"]
+        gain = f"{evaluate.difference(found)} | {found['p']:.2g}" if name != "draft" else "- | -"
+        print(f"| {name} | {figures['accuracy']:.1%} ({low:.1%} to {high:.1%}) | {gain} | "
+              f"{figures['fixed']} | {figures['broken']} |")
     print(f"\n| pair | points (95%) | p | won | lost |\n{'| --- ' * 5}|")
     for new, old in PAIRS:
         if {new, old} <= rows.keys():
@@ -143,7 +143,7 @@ def main():
         lines, gold, ends = np.array(lists, float).T
         print(f"\nlists of the Asker: {lines.mean():.2f} lines (gold {gold.mean():.2f}); "
               f"{np.mean(lines == gold):.0%} are as long as gold, {ends.mean():.0%} end in a line "
-              "like the question")
+              "like the question's")
 
 
 if __name__ == "__main__":
