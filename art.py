@@ -132,10 +132,9 @@ def sample_answers(llm, args, records, numbers, temperature):
     The same model, temperature, seed, prompt and number give the same sample.
     """
     strategy = llm.strategy or args.strategy  # "finetuned" has its own
-    prompts = []
-    for record in records:
-        prompt = predict_prompt(record, strategy, facts=args.facts == "both")
-        prompts.append(render(llm, args, prompt, strategy))
+    facts = args.facts == "both" and not llm.strategy  # it learned without
+    prompts = [render(llm, args, predict_prompt(record, strategy, facts), strategy)
+               for record in records]
     return write_answers(llm, args, prompts, numbers, temperature)
 
 
@@ -844,7 +843,7 @@ def make_parser(doc, script):
         add_llm_flags(add, count, script)
         return parser
     add(f"--{script}-model", metavar="MODEL", help="base model: a folder or Hub id (by preset)")
-    add("--overwrite", action="store_true", help="delete this run's adapter and train again")
+    add("--overwrite", action="store_true", help="train this run's adapter again")
     add("--adapter-bits", type=int, choices=(4, 16, 32),
         help="bits of the frozen weights (default 4; on a CPU 32, for the toy 4)")
     add("--lr", type=NUMBER_FLAG, help="peak learning rate (default 2e-4, as QLoRA; toy: 2e-3)")
@@ -890,7 +889,7 @@ def parse(parser, argv=None, remember=True):
     if preset == "toy" and given.task != "toy":
         raise UserError("the toy's models read only the toy's questions: give --preset small")
     if getattr(given, "base_url", None) and not (given.model or saved.get("base_url")):
-        raise UserError("--base-url needs --model NAME, the name of the LLM on that server")
+        raise UserError("--base-url needs --model NAME, the LLM's name there")
     parser.set_defaults(**{**DEFAULTS, **PRESETS[preset], **saved, "preset": preset})
     args = parser.parse_args(argv)
     args.base_url = args.base_url and args.base_url.rstrip("/")
@@ -928,6 +927,8 @@ def explain(error):
         return text
     if "torchao" in text:  # Colab has one that peft refuses
         return f"{text}: run pip uninstall -y torchao"
+    if "Unrecognized configuration" in text:
+        return "this is no LLM, or it reads images: give another --model"
     if isinstance(error, ImportError):
         return f"{text}: run pip install {error.name or '-r requirements.txt'}"
     if re.search("No space left|quota exceeded|File too large|disk is full|inline_contain", text):
@@ -936,7 +937,7 @@ def explain(error):
         return (f"out of memory; {SAVED}. Lower --kv-gib, --asker-at-once or --truster-at-once, or "
                 "take a smaller model")
     if isinstance(error, (OSError, sqlite3.Error)):
-        return f"cannot use the folder: {text}; give --runs DIR, a folder you can write to"
+        return f"cannot use the folder: {text}; give another --runs DIR"
     return ""
 
 
@@ -1647,7 +1648,7 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
     now = {**settings, "weights": weights_id(base), "bits": args.adapter_bits, "seed": args.seed,
            "lr": args.lr, "rank": args.rank, "max_length": args.max_length, "batch": batch,
            "epochs": epochs, "start": start and weights_id(start), "examples": short_hash(examples),
-           "code": code_hash(Path(script).read_text("utf-8"))}
+           "code": code_hash(Path(script).read_text("utf-8").partition("\ndef main")[0])}
     short = [example for example in examples if len(example["input_ids"]) <= args.max_length]
     print(f"{len(short):,} of {len(examples):,} examples have at most {args.max_length} tokens")
     if not short:
@@ -1660,14 +1661,12 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
     for key, value in now.items():
         if about and about.get(key) != value:
             raise UserError(f"{folder} was trained with other settings: {key} was "
-                            f"{about.get(key)}, is now {value}. Give --run NEW, or --overwrite to "
-                            "train it again")
+                            f"{about.get(key)}, is now {value}. Give --run NEW, or --overwrite")
     if about.get("finished"):
         print(f"{folder} is trained already")
         return
     write(folder / "questions.txt", "\n".join(map(question_hash, records)))
-    about = {**now, "model": base, **provenance(), "finished": False}
-    write(folder / "args.json", about)
+    write(folder / "args.json", about := {**now, "model": base, **provenance(), "finished": False})
     torch.manual_seed(args.seed)  # first weights of head and adapter
     model = load_base(base, args.adapter_bits, scorer=role == "truster")
     model = add_lora(model, "SEQ_CLS" if role == "truster" else "CAUSAL_LM", args.rank, start)
@@ -1677,7 +1676,7 @@ def train_adapter(args, name, records, examples, script, collate, loss, epochs, 
 
 
 def add_figure(args, name, key, measure):
-    """Add the figure `measure(args)` on dev to the adapter's args.json, unless it is there."""
+    """Add a figure on dev, `measure(args)`, to the adapter's args.json, once."""
     path = args.folder / name / "args.json"
     about = read_json(path)
     if key not in about:
@@ -1698,19 +1697,17 @@ def main():
     elif not record["question"]:
         raise UserError("give a question in quotes, or --random")
     elif args.preset == "toy":
-        print("note: the toy's models understand only the toy's questions (--random)")
+        print("note: the toy's models read only the toy's questions (--random)")
 
-    threshold = 0.5  # until evaluate.py sets it on dev
-    for row in read_json(args.folder / "results.json").get("rows", []):
-        if row["row"] == "art":
-            threshold = row["threshold"]
+    rows = read_json(args.folder / "results.json").get("rows", [])  # set on dev
+    threshold = next((row["threshold"] for row in rows if row["row"] == "art"), 0.5)
     models = [open_model(args, name) for name in ("llm", "asker", "truster")]
     result = ask_refine_trust(*models, args, record, threshold)
     asked, refined = result["asked"], result.get("refined")
+    decision = "refine" if refined else "keep the draft"
     show({"question": record["question"], "draft": result["draft"]["text"],
           "sub-questions": "\n".join(asked["subquestions"]),
-          "decision": f"p_refine = {asked['p_refine']:.3f}, threshold "
-                      f"{threshold:.3f}: {'refine' if refined else 'keep the draft'}"})
+          "decision": f"p_refine = {asked['p_refine']:.3f}, threshold {threshold:.3f}: {decision}"})
     if refined:
         scores = "draft {:.2f}, refined {:.2f}".format(*result["scores"])
         show({"refined": refined["text"], "Truster": scores})

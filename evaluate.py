@@ -484,8 +484,8 @@ def check_adapters(args, rows, test):
     commands = dict.fromkeys(filter(None, [art.how_to_train(args, name) for name in names]))
     if commands:
         free = ",".join(name for name, row in ROWS.items() if not adapters_of(row))
-        raise art.UserError(f"adapters are missing: run {' and '.join(commands)}; the rows {free} "
-                            "need none (--rows)")
+        raise art.UserError(f"adapters are missing: run {' and '.join(commands)}, or give "
+                            f"--asker-from, --truster-from; the rows {free} need none (--rows)")
     for name in names:
         seen = (art.adapter_folder(args, name) / "questions.txt").read_text("utf-8").split()
         if leaked := [record["id"] for record in test if art.question_hash(record) in seen]:

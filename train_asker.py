@@ -2,7 +2,7 @@
 
     python train_asker.py
 
-Stage 1, adapter `finetuned`: question -> sub-questions and steps of the gold solution. Stage 2,
+Task training, adapter `finetuned`: question -> sub-questions and steps of the gold solution. Then
 adapter `asker`: question and draft -> sub-questions, then "Refine: Yes" if the draft is incorrect.
 The drafts are the samples of data/sample.py; the LLM is not loaded. Both adapters are saved in
 runs/TASK/RUN, each with args.json, its settings and figures.
@@ -29,7 +29,7 @@ def encode(tokenizer, prompt, target, weight=0.0):
 
 
 def task_examples(records, tokenizer, strategy):
-    """Stage 1: one example for each question."""
+    """Task training: one example for each question."""
     examples = []
     for record in records:
         target = art.solution_text(record["solution"], record["answer"], strategy)
@@ -50,14 +50,20 @@ def drafts_of(args, records, lines):
     return drafts
 
 
-def ask_examples(drafts, subquestions, tokenizer):
-    """Stage 2: one example for each draft. Correct and incorrect drafts weigh the same in total."""
-    incorrect = np.mean([not correct for *_, correct in drafts])
+def ask_examples(drafts, subquestions, tokenizer, max_length):
+    """Asking: one example for each draft.
+
+    Correct and incorrect drafts weigh the same in total, those left out as too long not counted.
+    """
     examples = []
     for record, draft, correct in drafts:
         target = art.ask_target(subquestions[record["id"]], refine=not correct)
-        weight = 0.5 / (1 - incorrect if correct else incorrect)
-        examples.append(encode(tokenizer, art.ask_prompt(record, draft), target, weight))
+        examples.append(encode(tokenizer, art.ask_prompt(record, draft), target, weight=1.0))
+    fits = [len(example["input_ids"]) <= max_length for example in examples]
+    kinds = [correct for *_, correct in drafts]
+    for example, correct in zip(examples, kinds):
+        share = np.mean([kind == correct for kind, fit in zip(kinds, fits) if fit])
+        example["weight"] = 0.5 / share
     return examples
 
 
@@ -123,13 +129,13 @@ def dev_auc(args):
 def main():
     parser = art.make_parser(__doc__, "asker")
     parser.add_argument("--task-epochs", type=art.NUMBER_FLAG, metavar="N",
-                        help="passes of stage 1; 0: no stage 1 (by preset)")
+                        help="passes of the task training; 0: none (by preset)")
     parser.add_argument("--subquestions", choices=("gold", "generated", "none"),
                         help="what to learn to ask (default: what is there, in this order)")
     args = art.parse(parser)
     tokenizer = art.load_tokenizer(args.asker_model)
     records = art.load_split(args, "train")
-    lines = art.load_samples(args, records)
+    lines = art.load_samples(args, records + art.load_split(args, "dev"))
     print(f"the Asker learns from the samples of {len(records):,} questions")
     subquestions, drafts = load_subquestions(args, records), drafts_of(args, records, lines)
 
@@ -141,16 +147,16 @@ def main():
 
     start, solved = None, [record for record in records if record.get("solution")]
     if args.task_epochs and solved:
-        # the LLM's sub-questions do not match the steps one by one, so stage 1 leaves them out
+        # the LLM's sub-questions do not match the steps one by one, so this training has none
         strategy = "decomp" if args.subquestions == "gold" else "cot"
         examples = task_examples(solved, tokenizer, strategy)
         train("finetuned", solved, examples, args.task_epochs, strategy=strategy)
         start = "finetuned"
     elif args.task_epochs:
-        print("the data has no solutions: stage 1 is skipped")
+        print("the data has no solutions: no task training")
     incorrect = np.mean([not correct for *_, correct in drafts])
-    train("asker", records, ask_examples(drafts, subquestions, tokenizer), args.epochs,
-          start=start, prior_odds=incorrect / (1 - incorrect))
+    train("asker", records, ask_examples(drafts, subquestions, tokenizer, args.max_length),
+          args.epochs, start=start, prior_odds=incorrect / (1 - incorrect))
     art.add_figure(args, "asker", "dev_auc", dev_auc)
 
 

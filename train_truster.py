@@ -57,14 +57,11 @@ def dev_auc(args):
     lines = art.load_samples(args, records)
     truster = art.open_model(args, "truster")
     truster.label = "trust on dev"
-    texts = [(record, text, correct) for record in records
-             for text, correct in art.distinct_samples(lines, record).items()]
-    answers = [{"text": text} for _, text, _ in texts]
-    scored = art.trust(truster, args, [record for record, *_ in texts], answers)
-    questions = {}
-    for (record, _, correct), output in zip(texts, scored):
-        questions.setdefault(record["id"], []).append((output["score"], correct))
-    aucs = [art.auc(*zip(*pairs)) for pairs in questions.values()]
+    labels = [art.distinct_samples(lines, record) for record in records]
+    repeated = [record for record, own in zip(records, labels) for _ in own]
+    answers = [{"text": text} for own in labels for text in own]
+    scored = iter(art.trust(truster, args, repeated, answers))
+    aucs = [art.auc([next(scored)["score"] for _ in own], list(own.values())) for own in labels]
     shares = [value for value in aucs if value is not None]
     return sum(shares) / len(shares) if shares else None
 
@@ -73,7 +70,7 @@ def main():
     args = art.parse(art.make_parser(__doc__, "truster"))
     tokenizer = art.load_tokenizer(args.truster_model)
     records = art.load_split(args, "train")
-    lines = art.load_samples(args, records)
+    lines = art.load_samples(args, records + art.load_split(args, "dev"))
     groups = contrast(records, lines, tokenizer)
     print(f"{len(groups):,} of {len(records):,} questions have correct and incorrect samples")
     if len(groups) < 8:

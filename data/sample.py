@@ -93,7 +93,8 @@ def subquestions(args, records):
     art.write(args.shared / "subquestions.jsonl", lines)
     art.show({"question": records[0]["question"],
               "sub-questions": "\n".join(asked[0]["subquestions"])})
-    print(f"{args.shared / 'subquestions.jsonl'} is written: run python train_asker.py")
+    failed = sum(bool(output["failed"]) for output in asked)
+    print(f"{args.shared / 'subquestions.jsonl'} is written ({failed} failed): run train_asker.py")
 
 
 def main():

@@ -91,6 +91,7 @@ def table(answers, separator=",", end="\n", head="question,answer"):
 
 @pytest.mark.parametrize(("content", "kind", "answers"), [
     (table(NUMBERS, ";"), "number", NUMBERS), (table(NUMBERS, "\t", "\r\n"), "number", NUMBERS),
+    (table(NUMBERS) + table(NUMBERS).partition("\n")[2], "number", NUMBERS),  # each question twice
     ("\ufeff" + table(["Yes", "NO"] * 10), "yes/no", ["yes", "no"]),  # as people write them
     (table(['J,"One,\n\n then "'] * 20, head="question,answer,solution"), "choice", "J")])
 def test_csv(prepare, content, kind, answers):

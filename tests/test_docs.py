@@ -45,8 +45,7 @@ def rows_of(text):
 @pytest.mark.parametrize("name, start, end, run, least", [
     ("README.md", "<!-- toy table -->", "\n## ", "toy", 5),
     ("docs/results.md", "## A real model", "\n### StrategyQA", "gsm8k", 12),
-    ("docs/results.md", "### StrategyQA", "\n## ", "strategyqa", 9),
-])
+    ("docs/results.md", "### StrategyQA", "\n## ", "strategyqa", 9)])
 def test_table_is_that_of_the_shipped_run(name, start, end, run, least):
     """Every cell. `p` and the share are from results.json, the range over seeds from check.md."""
     shipped = {row["row"]: row for row in rows_of(read(f"docs/runs/{run}/table.md"))}
@@ -127,8 +126,7 @@ def test_stubs_are_not_done_and_solutions_are():
 
 @pytest.mark.parametrize("function, verdict", [
     (lambda *args: None, "gives None, expected ["),
-    (lambda *args: 1 / 0, "ZeroDivisionError: division by zero (test_docs.py, line "),
-])
+    (lambda *args: 1 / 0, "ZeroDivisionError: division by zero (test_docs.py, line ")])
 def test_checker_tells_what_is_wrong(monkeypatch, function, verdict):
     monkeypatch.setattr(exercises, "fixed_broken", function)
     assert check.check(exercises)["fixed_broken"].startswith(verdict)

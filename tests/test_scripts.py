@@ -45,8 +45,7 @@ MISTAKES = {  # those of a wrong order of the scripts are in test_each_line_lead
     "sample --task nobody": "--task takes toy, gsm8k,", "sample --runs EMPTY/FILE": "--runs DIR",
     "sample --task gsm8k --preset toy": "give --preset small", "sample --model EMPTY": "EMPTY",
     "sample --model no/such/one": "model folder no/such/one", "sample --model BARE": "tokenizer",
-    "sample --model PICKLED": "PICKLED",
-}
+    "sample --model PICKLED": "PICKLED", "sample --model T5": "no LLM"}
 
 
 def files_of(folder):
@@ -63,7 +62,9 @@ def test_mistakes(copy, tmp_path, command):
     torch.save(load_file(f"{BASE}/model.safetensors"), "PICKLED/pytorch_model.bin")
     shutil.copytree(copy.data, "MORE")
     first, *rest = art.read_jsonl("MORE/toy/train.jsonl", "")
-    art.write("MORE/toy/train.jsonl", [{**first, "answer": "7"}, *rest, {**first, "id": "new"}])
+    art.write("MORE/toy/train.jsonl", [{**first, "answer": "7"}, *rest])
+    art.write("MORE/toy/dev.jsonl", [{**first, "id": "new"}])
+    art.write("T5/config.json", {"model_type": "t5"})
     before = files_of(copy.folder)
     assert MISTAKES[command] in copy.refused(*command.split())
     assert files_of(copy.folder) == before

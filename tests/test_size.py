@@ -9,8 +9,7 @@ from conftest import ROOT
 # and 27,000, data/ 260 lines.
 SIZES = {
     "art.py": (1_725, 81_900), "evaluate.py": (531, 26_600), "train_*.py": (250, None),
-    "data/*.py": (322, None), "tests/**/*.py": (2_000, None),
-}
+    "data/*.py": (322, None), "tests/**/*.py": (2_000, None)}
 FILES = [path for where in ("*.py", "data/**/*.py", "docs/**/*.py", "tests/**/*.py")
          for path in sorted(ROOT.glob(where))]
 # Words that have plainer ones, and folders of the author (the brackets keep this file out).

@@ -83,6 +83,8 @@ def test_facts_are_shown_where_they_are_allowed(args, facts, shown):
     art.trust(lm, args, [RECORD], art.refine(lm, args, [RECORD], drafts, asked))
     steps = zip("PAART", lm.seen)  # predict, ask and decide, refine, trust
     assert "".join(step for step, prompt in steps if "GOLD-FACT" in prompt) == shown
+    lm.strategy = "cot"  # "finetuned"
+    assert art.predict(lm, args, [RECORD]) and "GOLD-FACT" not in lm.seen[-1]
 
 
 @pytest.mark.parametrize(("show_draft", "asked", "shown"), [

@@ -38,16 +38,16 @@ def test_correct_and_incorrect_drafts_weigh_the_same(make_run):
     records = [{"id": "a", "question": "Ann?"}, {"id": "b", "question": "Ben?"}]
     lines = lines_of(("a", "#### 1", False), ("a", "#### 2", True), ("a", "1 + 2\n#### 3", False),
                      ("b", "#### 2", True), ("b", "#### 2", True), ("b", "#### 9", False),
-                     ("b", "", False))
+                     ("b", "", False), ("b", "long " * 99, False))
     drafts, weights = train_asker.drafts_of(None, records, lines), {" Yes": [], " No": []}
     asked, lm = {"a": ["Refine: a?"], "b": []}, make_run()
-    for (record, draft, _), one in zip(drafts, train_asker.ask_examples(drafts, asked, TOKENIZER)):
+    for (record, draft, _), one in zip(drafts, train_asker.ask_examples(drafts, asked, TOKENIZER, 90)):
         ids, place = one["input_ids"], one["decision"] - one["target"]
         begun = "\n".join([*asked[record["id"]], art.DECISION])
         assert ids[:place] == lm.tokens(art.ask_prompt(record, draft), begun)[0]
         assert ids[place + 1:] == [TOKENIZER.eos_token_id]
         weights[TOKENIZER.decode(ids[place])].append(one["weight"])
-    assert weights == {" Yes": [pytest.approx(2.5 / 3)] * 3, " No": [1.25] * 2}
+    assert weights == {" Yes": [pytest.approx(2.5 / 3)] * 4, " No": [1.25] * 2}
 
 
 def test_loss_of_the_asker_by_hand():
@@ -150,7 +150,7 @@ def about_of(kit, name, run="default"):
 
 
 def test_the_pipeline_trains_with_qlora(kit):
-    """4 bits, LoRA on all layers, stage 2 after stage 1; args.json has the AUC on dev."""
+    """4 bits, LoRA on all layers, asking after the task training; args.json has the AUC on dev."""
     for name in ("finetuned", "asker", "truster"):
         weights = load_file(kit.runs / "toy/default" / name / ADAPTER)
         assert about_of(kit, name)["bits"] == 4 and about_of(kit, name)["finished"]
@@ -178,10 +178,13 @@ def test_auc_of_the_truster_on_dev(copy, monkeypatch):
 def test_other_settings_code_and_examples_are_refused(copy, tmp_path):
     line = copy.refused("train_truster", "--lr", "0.5")
     assert "lr was 0.002, is now 0.5. Give --run NEW, or --overwrite" in line
-    edit(Path(shutil.copy(ROOT / "train_truster.py", tmp_path)), "-logsigmoid(", "-2 * logsigmoid(")
+    script = Path(shutil.copy(ROOT / "train_truster.py", tmp_path))
     copy.monkeypatch.setattr(sys, "argv", copy.command("train_truster"))
+    edit(script, "the Truster needs 8", "it needs 8")  # in main
+    load(script).main()
+    edit(script, "-logsigmoid(", "-2 * logsigmoid(")
     with pytest.raises(art.UserError, match="code was"):
-        load(tmp_path / "train_truster.py").main()
+        load(script).main()
     edit(copy.runs / "toy/samples.jsonl", "####", "So ####")
     assert "examples was" in copy.refused("train_truster")
     copy("train_truster", "--overwrite", "--lr", "0.5")
@@ -190,13 +193,13 @@ def test_other_settings_code_and_examples_are_refused(copy, tmp_path):
 
 @pytest.mark.parametrize(("key", "flags"), [("solution", []), ("", ["--subquestions", "none"])])
 def test_an_asker_that_only_decides(copy, key, flags):
-    """From data without solutions, where stage 1 is skipped, or on demand."""
+    """Without task training: from data without solutions, or on demand."""
     path = copy.data / "toy/train.jsonl"
     art.write(path, [{name: record[name] for name in record.keys() - {key}}
                      for record in art.read_jsonl(path, "")])
     copy("train_asker", "--run", "x", *flags)
-    out, stage_1 = copy.printed(), about_of(copy, "finetuned", "x")
-    assert "target: Refine: " in out and stage_1.get("strategy", "cot") == "cot"
-    assert ("stage 1 is skipped" in out) == ("only to decide" in out) == (not stage_1) == bool(key)
+    out, task = copy.printed(), about_of(copy, "finetuned", "x")
+    assert "target: Refine: " in out and task.get("strategy", "cot") == "cot"
+    assert ("no task training" in out) == ("only to decide" in out) == (not task) == bool(key)
     copy("evaluate", "--run", "x", "--truster-from", "default", "--rows", "draft,finetuned")
     assert ("finetuned" in copy.results("x")) == (not key)

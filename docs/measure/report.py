@@ -87,7 +87,7 @@ def aucs(outputs, part):
 def always_taken(outputs):
     """[cells of a line, ...]: what each answer fixes and breaks, beside the second sample."""
     drafts, second = (outputs.correct[stage][outputs.test] for stage in ("draft", "second"))
-    for stage in ("refined", "refined_gold", "second"):
+    for stage in ("refined", "refined_self", "refined_gold", "second"):
         if stage in outputs.correct:
             new = outputs.correct[stage][outputs.test]
             fixed = evaluate.compare(new[~drafts], second[~drafts])
