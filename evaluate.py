@@ -30,7 +30,7 @@ def draft(llm, args, records):
 
 
 def second_sample(llm, args, records):
-    """The draft's prompt once more, at --refine-temperature, or 0.7 for 0; 0 may be the draft."""
+    """The draft's prompt again, at --refine-temperature (0.7 if that is 0: greedy may repeat)."""
     drawn = art.sample_answers(llm, args, records, [1], args.refine_temperature or 0.7)
     return [output for [output] in drawn]
 
@@ -370,7 +370,7 @@ def make_row(outputs, row):
 
 
 def aucs(outputs):
-    """AUC on test: which drafts are incorrect (gates)? Which answer alone is correct (choosers)?"""
+    """AUC on test. Gates: is the draft incorrect? Choosers: where one is correct, which one?"""
     test, drafts, found = outputs.test, outputs.correct["draft"], {}
     for stage in sorted(outputs.of.keys() & {"ask", "ask_self", "logprob"}):
         p = outputs.column(stage, "p_refine")[test]

@@ -59,11 +59,11 @@ def ask_examples(drafts, subquestions, tokenizer, max_length):
     for record, draft, correct in drafts:
         target = art.ask_target(subquestions[record["id"]], refine=not correct)
         examples.append(encode(tokenizer, art.ask_prompt(record, draft), target, weight=1.0))
-    fits = [len(example["input_ids"]) <= max_length for example in examples]
-    kinds = [correct for *_, correct in drafts]
-    for example, correct in zip(examples, kinds):
-        share = np.mean([kind == correct for kind, fit in zip(kinds, fits) if fit])
-        example["weight"] = 0.5 / share
+    kept = [correct for (*_, correct), example in zip(drafts, examples)
+            if len(example["input_ids"]) <= max_length]
+    shares = {kind: np.mean([correct == kind for correct in kept]) for kind in (False, True)}
+    for example, (*_, correct) in zip(examples, drafts):
+        example["weight"] = 0.5 / shares[correct]
     return examples
 
 
