@@ -66,7 +66,7 @@ def score_samples(truster, args, records, drawn):
 def vote(_, args, records, drawn, scored=None, key=lambda sample: sample["answer"]):
     """For each question the first readable sample of the group with the most votes.
 
-    Samples with the same `key` are a group. A sample has exp(score) votes, or one.
+    Samples with the same `key` are a group (best_of_k: each). A sample has exp(score) votes, or one.
     """
     chosen = []
     for own, scores in zip(drawn, scored or [{"scores": [0.0] * args.k}] * len(drawn)):
@@ -102,7 +102,6 @@ STAGES = {  # in this order, so that models are seldom loaded again
     "logprob": Stage(None, logprob_gate, reads=("draft",)),
     "majority": Stage(None, vote, reads=("samples",)),
     "weighted_vote": Stage(None, vote, reads=("samples", "score_samples")),
-    # each sample is a group: the one that the Truster scores highest
     "best_of_k": Stage(None, lambda *read: vote(*read, key=id), reads=("samples", "score_samples")),
 }
 
@@ -235,7 +234,7 @@ def logistic_weights(x, y):
 
 
 class Outputs:
-    """The outputs of the stages on dev and test, and what a gate and a chooser make of them."""
+    """The outputs of the stages on dev and test, and what gates and choosers make of them."""
 
     def __init__(self, args, dev, test):
         self.args, self.records = args, dev + test
@@ -278,9 +277,9 @@ class Outputs:
 
     def gate(self, row):
         """The gate's p_refine, from 0 to 1."""
-        fixed = {"always": 1.0, "never": 0.0, "oracle": ~self.correct["draft"]}
-        if row.gate in fixed:
-            return np.zeros(len(self.records)) + fixed[row.gate]
+        known = {"always": 1.0, "never": 0.0, "oracle": ~self.correct["draft"]}
+        if row.gate in known:
+            return np.zeros(len(self.records)) + known[row.gate]
         if row.gate != "word":
             return self.column(row.gate, "p_refine")
         # refine if (or unless) one word is in the question: the word with the largest gain on dev
@@ -430,7 +429,7 @@ def as_records(outputs, part, correct):
 
 
 def compare_runs(args):
-    """Print the rows of finished runs side by side, and the paired difference of two rows."""
+    """Print the rows of finished runs side by side, and a paired difference."""
     runs = []
     for name in args.compare:
         folder = args.shared / name if (args.shared / name).is_dir() else Path(name)
@@ -515,6 +514,7 @@ def main():
             figures[-1]["vs_draft"] = compare(correct[name], correct["draft"])
     results = {"task": args.task, "n": len(test), "n_dev": len(dev), "seed": args.seed,
                "settings": {key: getattr(args, key) for key in art.LLM_KEYS},
+               "from": [args.asker_from, args.truster_from],
                **art.provenance(), "rows": figures, "auc": aucs(outputs),
                "word_gate": outputs.word}
     results["art_vs"] = {row: compare(correct["art"], correct[row])

@@ -133,12 +133,12 @@ def test_checker_tells_what_is_wrong(monkeypatch, function, verdict):
 
 
 def test_a_run_is_marked_on_the_data_of_a_student(copy):
-    """Adapters that were trained on other data are refused."""
-    folder = copy.runs / "toy/default"
-    command = "docs/teach/mark.py", folder, "--student", "3", "--limit", "4"
+    """Adapters that were trained on other data are refused. Those of another run are found."""
+    copy("evaluate", "--run", "x", "--asker-from", "default", "--truster-from", "default")
+    command = "docs/teach/mark.py", copy.runs / "toy/x", "--student", "3", "--limit", "4"
     assert "40 questions that are not in this student's data" in python(*command).stderr
     for name in ("asker", "truster"):
-        art.write(folder / name / "questions.txt", "")
+        art.write(copy.runs / "toy/default" / name / "questions.txt", "")
     marks = json.loads(python(*command).stdout)
     assert marks["rows"].keys() == marks["handed_in"].keys()
 

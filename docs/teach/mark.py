@@ -5,8 +5,8 @@
     python docs/teach/mark.py HANDED_IN/default --student 17 --test-seed SECRET
 
 The first two repeat the student's evaluation, with the rows and settings in results.json: the
-largest difference should be 0. The third draws test questions that the student has never seen. An
-adapter that is not in NAME is taken from the folder default beside it.
+largest difference should be 0. The third draws test questions that the student has never seen. Adapters of
+another run (--asker-from, --truster-from) are taken from its folder beside NAME.
 """
 
 import argparse
@@ -28,19 +28,17 @@ def command(script, *flags):
         raise art.UserError(f"{script} failed; its last line says why")
 
 
-def copy_adapter(run, name, train, marked):
+def copy_adapter(own, train, marked):
     """Copy an adapter, unless it has another base or was trained on questions not in `train`."""
-    own = [folder for folder in (run / name, run.parent / "default" / name)
-           if (folder / "args.json").is_file()]
-    if not own:
-        raise art.UserError(f"{run} has no folder {name} with an adapter, nor has default beside it")
-    if art.read_json(own[0] / "args.json").get("model") != art.SMALL_TOY:
-        raise art.UserError(f"{own[0]} has another base model than {art.SMALL_TOY}")
-    others = {*(own[0] / "questions.txt").read_text("utf-8").split()} - train
+    if not (own / "args.json").is_file():
+        raise art.UserError(f"there is no adapter in {own}")
+    if art.read_json(own / "args.json").get("model") != art.SMALL_TOY:
+        raise art.UserError(f"{own} has another base model than {art.SMALL_TOY}")
+    others = {*(own / "questions.txt").read_text("utf-8").split()} - train
     if others:
-        raise art.UserError(f"{own[0]} was trained on {len(others)} questions that are not in this "
+        raise art.UserError(f"{own} was trained on {len(others)} questions that are not in this "
                             "student's data")
-    shutil.copytree(own[0], marked / name)
+    shutil.copytree(own, marked / own.name)
 
 
 def evaluate(args, handed_in, folder):
@@ -52,7 +50,8 @@ def evaluate(args, handed_in, folder):
     rows = [row["row"] for row in handed_in["rows"]]
     thresholds = ",".join(row[4:] for row in rows if "@" in row)
     for name in {"asker", "truster"} | ({"finetuned"} & {*rows}):
-        copy_adapter(args.run, name, train, shared / "marked")
+        source = handed_in.get("from", [None, None])[name == "truster"]
+        copy_adapter(args.run.parent / (source or args.run.name) / name, train, shared / "marked")
     art.write(shared / "llm.json", handed_in["settings"])
     limits = ["--limit", args.limit] if args.limit else []
     command("evaluate.py", "--data", data.parent, "--runs", shared.parent, "--run", "marked",
