@@ -51,16 +51,15 @@ def drafts_of(args, records, lines):
 
 
 def ask_examples(drafts, subquestions, tokenizer, max_length):
-    """Asking: one example for each draft.
-
-    Correct and incorrect drafts weigh the same in total, those left out as too long not counted.
-    """
+    """Asking: one example for each draft. Correct and incorrect ones that fit weigh the same."""
     examples = []
     for record, draft, correct in drafts:
         target = art.ask_target(subquestions[record["id"]], refine=not correct)
         examples.append(encode(tokenizer, art.ask_prompt(record, draft), target, weight=1.0))
     kept = [correct for (*_, correct), example in zip(drafts, examples)
             if len(example["input_ids"]) <= max_length]
+    if len({*kept}) < 2:
+        raise art.UserError("no correct, or no incorrect draft is short enough: raise --max-length")
     shares = {kind: np.mean([correct == kind for correct in kept]) for kind in (False, True)}
     for example, (*_, correct) in zip(examples, drafts):
         example["weight"] = 0.5 / shares[correct]

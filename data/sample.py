@@ -94,7 +94,7 @@ def subquestions(args, records):
     art.show({"question": records[0]["question"],
               "sub-questions": "\n".join(asked[0]["subquestions"])})
     failed = sum(bool(output["failed"]) for output in asked)
-    print(f"{args.shared / 'subquestions.jsonl'} is written ({failed} failed): run train_asker.py")
+    print(f"{len(asked):,} questions, {failed} failed: run python train_asker.py --task {args.task}")
 
 
 def main():

@@ -91,7 +91,6 @@ def table(answers, separator=",", end="\n", head="question,answer"):
 
 @pytest.mark.parametrize(("content", "kind", "answers"), [
     (table(NUMBERS, ";"), "number", NUMBERS), (table(NUMBERS, "\t", "\r\n"), "number", NUMBERS),
-    (table(NUMBERS) + table(NUMBERS).partition("\n")[2], "number", NUMBERS),  # each question twice
     ("\ufeff" + table(["Yes", "NO"] * 10), "yes/no", ["yes", "no"]),  # as people write them
     (table(['J,"One,\n\n then "'] * 20, head="question,answer,solution"), "choice", "J")])
 def test_csv(prepare, content, kind, answers):
@@ -126,6 +125,7 @@ def test_a_task_of_a_table_is_sampled(prepare):
     (OFFICIAL, items("a", decomposition=[{"question": "?"}], qid=7), ['"decomposition"', '"qid"']),
     (OFFICIAL, "[3, null]", ["item 2:"]), (OFFICIAL, "5", ["raw"]), (OFFICIAL, items("abc"), ["few"]),
     (CSV, table([*NUMBERS, "6 apples", "", "1/0"]), ["'6 apples'", "''", "'1/0'"]),
+    (CSV, table(NUMBERS) + table(NUMBERS).partition("\n")[2], ["row 22: its question is in row 2"]),
     (f"{CSV} --kind choice", table(["J", "K"] * 5), ["'K' is not a choice"]),
     (CSV, table(NUMBERS) + " ,5\n", ['"question"']), (CSV, table(["x"] * 99), ["79 more"]),
     (CSV, table(NUMBERS[:9]), ["10"]), (CSV, "", ["question,"]), (CSV, None, ["raw"]),

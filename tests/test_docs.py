@@ -134,13 +134,13 @@ def test_checker_tells_what_is_wrong(monkeypatch, function, verdict):
 
 def test_a_run_is_marked_on_the_data_of_a_student(copy):
     """Adapters that were trained on other data are refused. Those of another run are found."""
-    copy("evaluate", "--run", "x", "--asker-from", "default", "--truster-from", "default")
+    copy("train_truster", "--run", "x")
+    copy("evaluate", "--run", "x", "--asker-from", "default")
     command = "docs/teach/mark.py", copy.runs / "toy/x", "--student", "3", "--limit", "4"
     assert "40 questions that are not in this student's data" in python(*command).stderr
-    for name in ("asker", "truster"):
-        art.write(copy.runs / "toy/default" / name / "questions.txt", "")
-    marks = json.loads(python(*command).stdout)
-    assert marks["rows"].keys() == marks["handed_in"].keys()
+    for name in ("default/asker", "x/truster"):
+        art.write(copy.runs / "toy" / name / "questions.txt", "")
+    assert (marks := json.loads(python(*command).stdout))["rows"].keys() == marks["handed_in"].keys()
 
 
 def test_the_lesson_runs_from_its_first_to_its_last_cell(tmp_path):
