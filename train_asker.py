@@ -58,9 +58,9 @@ def ask_examples(drafts, subquestions, tokenizer, max_length):
         examples.append(encode(tokenizer, art.ask_prompt(record, draft), target, weight=1.0))
     kept = [correct for (*_, correct), example in zip(drafts, examples)
             if len(example["input_ids"]) <= max_length]
-    if len({*kept}) < 2:
+    shares = {kind: kept.count(kind) / len(kept) for kind in {*kept}}
+    if len(shares) < 2:
         raise art.UserError("no correct, or no incorrect draft is short enough: raise --max-length")
-    shares = {kind: np.mean([correct == kind for correct in kept]) for kind in (False, True)}
     for example, (*_, correct) in zip(examples, drafts):
         example["weight"] = 0.5 / shares[correct]
     return examples

@@ -37,11 +37,12 @@ def numbers(record):
     for stage, output in record.items():
         if isinstance(output, dict) and stage != "correct":
             kept[stage] = {key: output[key] for key in sorted(output.keys() & keys)}
-    gold, asked = art.gold_subquestions(record), record.get("ask", {}).get("subquestions", [])
-    last = re.split(r"(?<=[.!?])\s+", record["question"])[-1]
-    end = asked[-1].lower() if asked else ""
-    alike = difflib.SequenceMatcher(None, end, last.lower(), autojunk=False).ratio()
-    kept["lists"] = [len(asked), len(gold), alike > 0.6]
+    if "ask" in record:
+        gold, asked = art.gold_subquestions(record), record["ask"]["subquestions"]
+        last = re.split(r"(?<=[.!?])\s+", record["question"])[-1]
+        end = asked[-1].lower() if asked else ""
+        alike = difflib.SequenceMatcher(None, end, last.lower(), autojunk=False).ratio()
+        kept["lists"] = [len(asked), len(gold), alike > 0.6]
     return kept
 
 

@@ -5,8 +5,8 @@
     python docs/teach/mark.py HANDED_IN/default --student 17 --test-seed SECRET
 
 The first two repeat the student's evaluation, with the rows and settings in results.json: the
-largest difference should be 0. The third draws test questions that the student has never seen. Adapters of
-another run (--asker-from, --truster-from) are taken from its folder beside NAME.
+largest difference should be 0. The third draws test questions that the student has never seen.
+Adapters of another run (--asker-from, --truster-from) are taken from its folder beside NAME.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import art
@@ -49,9 +50,11 @@ def evaluate(args, handed_in, folder):
     train = {art.question_hash(record) for record in art.read_jsonl(data / "train.jsonl", "")}
     rows = [row["row"] for row in handed_in["rows"]]
     thresholds = ",".join(row[4:] for row in rows if "@" in row)
+    asker_from, truster_from = handed_in.get("from", (None, None))
+    run = SimpleNamespace(shared=args.run.parent, run=args.run.name, asker_from=asker_from,
+                          truster_from=truster_from)
     for name in {"asker", "truster"} | ({"finetuned"} & {*rows}):
-        source = handed_in.get("from", [None, None])[name == "truster"]
-        copy_adapter(args.run.parent / (source or args.run.name) / name, train, shared / "marked")
+        copy_adapter(art.adapter_folder(run, name), train, shared / "marked")
     art.write(shared / "llm.json", handed_in["settings"])
     limits = ["--limit", args.limit] if args.limit else []
     command("evaluate.py", "--data", data.parent, "--runs", shared.parent, "--run", "marked",
